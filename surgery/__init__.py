@@ -1,0 +1,59 @@
+"""surgery: model surgery and compression, tensor by tensor.
+
+    import surgery
+
+    base, reasoner = surgery.open("path/to/base", "base"), surgery.open("path/to/r1", "reasoner")
+    child = surgery.merge.aoe(
+        {"base": base, "reasoner": reasoner},
+        base="base", weights={"reasoner": 1.0}, select=["routed_expert"],
+    )
+    child.save("child")
+
+Names are imported on first use, so that `import surgery` loads neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from surgery.evaluate.run import evaluate
+    from surgery.recipe.api import diff, inspect, merge, open, plan, run, validate
+    from surgery.recipe.verify import verify
+    from surgery.stream.checkpoint import Checkpoint, TensorRef
+
+__all__ = [
+    "Checkpoint",
+    "TensorRef",
+    "diff",
+    "evaluate",
+    "inspect",
+    "merge",
+    "open",
+    "plan",
+    "run",
+    "validate",
+    "verify",
+]
+
+_PLACES = {
+    "Checkpoint": "surgery.stream.checkpoint",
+    "TensorRef": "surgery.stream.checkpoint",
+    "evaluate": "surgery.evaluate.run",
+    "verify": "surgery.recipe.verify",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from surgery.stream.manifest import tool_version
+
+        return tool_version()
+    if name not in __all__:
+        raise AttributeError(f"module 'surgery' has no attribute {name!r}")
+    return getattr(import_module(_PLACES.get(name, "surgery.recipe.api")), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]
