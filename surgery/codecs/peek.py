@@ -1,0 +1,63 @@
+"""Decode a few rows with NumPy alone, for looks at a checkpoint that must not wait for torch.
+
+Recipes of pure copies import no torch, yet their report shows how far the parents are apart. Tests
+hold these functions to the codecs' own `decode`, bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from surgery.codecs.codec import Codec
+from surgery.codecs.fp8_block import BLOCK, Fp8Block
+from surgery.codecs.plain import Plain
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    Array = np.ndarray[Any, np.dtype[Any]]
+
+
+def peek(codec: Codec, rows: int, raw: Mapping[str, Array], columns: int) -> Array | None:
+    """float32 [rows, ≤ columns] of stored parts that begin on a block border; None where the form
+    cannot be decoded. `columns` is a multiple of 128."""
+    if isinstance(codec, Plain):
+        return plain_values(codec.dtype, raw["weight"]).reshape(rows, -1)[:, :columns]
+    if isinstance(codec, Fp8Block):
+        codes = raw["weight"].reshape(rows, -1)[:, :columns]
+        down = -(-rows // BLOCK)
+        scales = scale_values(codec, raw["scale"]).reshape(down, -1)
+        spread = scales.repeat(BLOCK, 0)[:rows].repeat(BLOCK, 1)[:, : codes.shape[1]]
+        values: Array = e4m3_values()[codes] * spread
+        return values
+    return None
+
+
+def plain_values(dtype: str, raw: Array) -> Array:
+    import numpy as np
+
+    if dtype == "BF16":
+        return (raw.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+    kinds = {"F16": np.float16, "F32": np.float32, "F64": np.float64}
+    return raw.view(kinds[dtype]).astype(np.float32)
+
+
+def scale_values(codec: Fp8Block, raw: Array) -> Array:
+    import numpy as np
+
+    if codec.scale_dtype == "F8_E8M0":
+        return np.ldexp(np.float32(1), raw.astype(np.int32) - 127).astype(np.float32)
+    return raw.view(np.float32)
+
+
+def e4m3_values() -> Array:
+    """The 256 values of e4m3 by its definition: sign, 4 exponent bits of bias 7, 3 mantissa bits."""
+    import numpy as np
+
+    code = np.arange(256)
+    exponent, mantissa = (code >> 3) & 15, code & 7
+    normal = np.ldexp(1 + mantissa / 8, exponent - 7)
+    values = np.where(exponent == 0, np.ldexp(mantissa / 8, -6), normal)
+    values = np.where((code & 0x7F) == 0x7F, np.nan, values)
+    return np.where(code & 0x80, -values, values).astype(np.float32)

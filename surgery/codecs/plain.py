@@ -1,0 +1,120 @@
+"""Plain dtypes: bf16, fp16, fp32 and fp64 as they are, and forms that are only ever copied.
+
+Rounding to bf16 and fp16 is to nearest, ties to even; float32 arithmetic in between (a float64
+tensor is rounded to float32 on decoding, which `arithmetic on F64` in a plan points out).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from surgery.codecs.codec import PartSpec, Spans, matrix_shape
+from surgery.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+TORCH_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
+ITEMSIZE = {"BF16": 2, "F16": 2, "F32": 4, "F64": 8}
+_EXPONENTS = {
+    "BF16": ("uint16", 0x7F80),
+    "F16": ("uint16", 0x7C00),
+    "F32": ("uint32", 0x7F80_0000),
+    "F64": ("uint64", 0x7FF0_0000_0000_0000),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Plain:
+    """One stored tensor of a floating dtype, value by value."""
+
+    dtype: str
+    granule: int = 1
+    decodable: bool = True
+
+    @property
+    def name(self) -> str:
+        return self.dtype.lower()
+
+    def parts(self, shape: tuple[int, ...]) -> tuple[PartSpec, ...]:
+        return (PartSpec("weight", "", self.dtype, shape),)
+
+    def spans(self, shape: tuple[int, ...], start: int, stop: int) -> Spans:
+        row = matrix_shape(shape)[1] * ITEMSIZE[self.dtype]
+        return {"weight": (start * row, stop * row)}
+
+    def decode(
+        self, shape: tuple[int, ...], start: int, stop: int, raw: Mapping[str, np.ndarray[Any, Any]]
+    ) -> torch.Tensor:
+        import torch
+
+        values = torch.from_numpy(raw["weight"]).view(getattr(torch, TORCH_DTYPES[self.dtype]))
+        values = values.to(torch.float32)
+        return values if len(shape) < 2 else values.view(stop - start, -1)
+
+    def encode(self, tile: torch.Tensor) -> dict[str, np.ndarray[Any, Any]]:
+        import torch
+
+        values = tile.to(getattr(torch, TORCH_DTYPES[self.dtype])).contiguous()
+        return {"weight": values.view(-1).view(torch.uint8).numpy()}
+
+    def finite(self, key: str, raw: np.ndarray[Any, Any]) -> bool:
+        unit, mask = _EXPONENTS[self.dtype]
+        return not all_exponent_bits_set(raw.view(unit), mask)
+
+
+@dataclass(frozen=True, slots=True)
+class Opaque:
+    """Bytes of a form that this version copies but cannot compute with, e.g. packed integers.
+
+    `form` says in words what it is; `keys` and `dtypes` are those of its stored parts.
+    """
+
+    form: str
+    granule: int = 1
+    decodable: bool = False
+
+    @property
+    def name(self) -> str:
+        return self.form
+
+    def parts(self, shape: tuple[int, ...]) -> tuple[PartSpec, ...]:
+        raise self._refusal()
+
+    def spans(self, shape: tuple[int, ...], start: int, stop: int) -> Spans:
+        raise self._refusal()
+
+    def decode(
+        self, shape: tuple[int, ...], start: int, stop: int, raw: Mapping[str, np.ndarray[Any, Any]]
+    ) -> torch.Tensor:
+        raise self._refusal()
+
+    def encode(self, tile: torch.Tensor) -> dict[str, np.ndarray[Any, Any]]:
+        raise self._refusal()
+
+    def finite(self, key: str, raw: np.ndarray[Any, Any]) -> bool:
+        return True
+
+    def _refusal(self) -> CheckpointError:
+        return CheckpointError(
+            f"tensors stored as {self.form} can be copied but not decoded",
+            hint="give them a weight of 0 or 1, or start from a bf16 or FP8 checkpoint",
+        )
+
+
+def all_exponent_bits_set(bits: np.ndarray[Any, Any], mask: int) -> bool:
+    """Whether any element has every bit of `mask` set (NaN or infinity). Works in cache-sized runs."""
+    import numpy as np
+
+    limit = bits.dtype.type(mask)
+    run = (1 << 18) // bits.dtype.itemsize
+    scratch = np.empty(min(run, bits.size), bits.dtype)
+    for begin in range(0, bits.size, run):
+        piece = bits[begin : begin + run]
+        masked = np.bitwise_and(piece, limit, out=scratch[: piece.size])
+        if masked.max() == limit:
+            return True
+    return False
