@@ -1,0 +1,1 @@
+"""The tensor stream: headers, checkpoints, layouts, roles, and the sink that writes."""

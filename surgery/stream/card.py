@@ -1,0 +1,83 @@
+"""The model card (README.md) of an output: front matter that the hub understands, and how it was made."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import yaml
+
+from surgery.stream.checkpoint import Checkpoint
+from surgery.stream.survey import format_bytes
+
+
+def relation(checkpoint: Checkpoint) -> str:
+    """The hub's `base_model_relation`; several parents make a merge."""
+    return "merge" if len(checkpoint.inputs) > 1 else "quantized"
+
+
+def build_card(checkpoint: Checkpoint, manifest: Mapping[str, Any]) -> str:
+    """Markdown with YAML front matter."""
+    methods = [str(step["op"]).rpartition(".")[2] for step in checkpoint.history]
+    kind = relation(checkpoint)
+    front: dict[str, Any] = {
+        "base_model": [source.model for source in checkpoint.inputs],
+        "base_model_relation": kind,
+        "library_name": "transformers",
+        "tags": ([kind] if kind == "merge" else []) + ["surgery", *dict.fromkeys(methods)],
+    }
+    title = f"# {' + '.join(source.label for source in checkpoint.inputs)}"
+    parents = [
+        f"| {source.label} | `{source.model}` | {source.revision or ''} |" for source in checkpoint.inputs
+    ]
+    rows = [
+        f"| {each['role']}{' (MTP)' if each['mtp'] else ''} | {each['action']} | {each['tensors']} "
+        f"| {format_bytes(each['bytes'])} |"
+        for each in manifest["coverage"]
+    ]
+    steps = "\n".join(yaml.safe_dump(dict(step), sort_keys=False).rstrip() for step in checkpoint.history)
+    made_of = manifest["recipe"]
+    recipe = yaml.safe_dump(made_of, sort_keys=False).rstrip() if made_of else steps
+    dtype = json.dumps(checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype") or "auto")
+    return "\n".join(
+        [
+            "---",
+            yaml.safe_dump(front, sort_keys=False).rstrip(),
+            "---",
+            "",
+            title,
+            "",
+            "Made with surgery, tensor by tensor; "
+            "`surgery_manifest.json` says of every tensor where it came from, `SHA256SUMS` guards the files.",
+            "",
+            "## Parents",
+            "",
+            "| name | model | revision |",
+            "| --- | --- | --- |",
+            *parents,
+            "",
+            "## What was done",
+            "",
+            "| role | origin | tensors | bytes |",
+            "| --- | --- | ---: | ---: |",
+            *rows,
+            "",
+            "## Recipe",
+            "",
+            "```yaml",
+            recipe,
+            "```",
+            "",
+            "## Loading",
+            "",
+            "```python",
+            "from transformers import AutoModelForCausalLM, AutoTokenizer",
+            f'model = AutoModelForCausalLM.from_pretrained("path/to/this/folder", dtype={dtype})',
+            'tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")',
+            "```",
+            "",
+            "The licence is that of the parents; check that they agree before publishing.",
+            "",
+        ]
+    )

@@ -1,0 +1,352 @@
+"""Checkpoint and TensorRef: an immutable, lazy view of a model's tensors.
+
+A logical tensor is what the model computes with; how it is stored (codec, parts, views into fused
+tensors) stays behind the ref. Operators make new refs from old ones; nothing is read until somebody
+pulls rows, usually the sink.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from math import prod
+from pathlib import Path
+from threading import Lock
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+from surgery.codecs.codec import Codec, matrix_shape
+from surgery.errors import CheckpointError, UsageError
+from surgery.stream.files import Source, StoredTensor
+from surgery.stream.layouts import View
+from surgery.stream.roles import Architecture, TensorInfo
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+    from surgery.stream.save import SaveResult
+
+TILE_WEIGHTS = 1 << 20
+"""Weights in a tile. Tiles are fixed by shape alone, so that no budget changes a result."""
+
+Sums = tuple[float, ...]
+"""Float64 partial sums of one tile, added up in tile order."""
+
+
+class Part(NamedTuple):
+    """One stored tensor behind a ref; `view` says where in it, None for all of it."""
+
+    key: str
+    stored: StoredTensor
+    view: View | None
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something a user must hear of: a fallback, an oddity. Under --strict an error."""
+
+    kind: str
+    message: str
+    tensors: tuple[str, ...] = ()
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"kind": self.kind, "message": self.message, "tensors": list(self.tensors)}
+
+
+@dataclass
+class ReadContext:
+    """How a pull behaves: whether NaN and infinity pass, and where tile sums go."""
+
+    allow_nonfinite: bool = True
+    record: Callable[[ComputedRef, int, Sums], None] | None = None
+
+
+class TensorRef:
+    """Base of stored and computed tensors; see the module docstring."""
+
+    __slots__ = ("codec", "info", "name", "parts", "shape")
+
+    def __init__(
+        self, name: str, shape: tuple[int, ...], info: TensorInfo, codec: Codec, parts: tuple[Part, ...]
+    ) -> None:
+        self.name = name
+        self.shape = shape
+        self.info = info
+        self.codec = codec
+        self.parts = parts
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.name}, {list(self.shape)}, {self.codec.name})"
+
+    @property
+    def numel(self) -> int:
+        return prod(self.shape)
+
+    @property
+    def rows(self) -> int:
+        return matrix_shape(self.shape)[0]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of this logical tensor as stored."""
+        return sum(self.part_nbytes(part) for part in self.parts)
+
+    @staticmethod
+    def part_nbytes(part: Part) -> int:
+        if part.view is None:
+            return part.stored.nbytes
+        count = prod(part.stored.shape)
+        return part.stored.nbytes * prod(part.view.shape(part.stored.shape)) // count if count else 0
+
+    @property
+    def is_view(self) -> bool:
+        return any(part.view is not None for part in self.parts)
+
+    def tile_rows(self) -> int:
+        """Rows of a full tile: a multiple of 128, or all rows where views forbid slicing."""
+        rows, cols = matrix_shape(self.shape)
+        if self.is_view:
+            return max(rows, 1)
+        return max(128, TILE_WEIGHTS // max(cols, 1) // 128 * 128)
+
+    def tiles(self) -> Iterator[tuple[int, int]]:
+        """Row ranges that cover the tensor, in order."""
+        step, rows = self.tile_rows(), self.rows
+        for start in range(0, rows, step):
+            yield start, min(start + step, rows)
+
+    def read(self, rows: slice | None = None, context: ReadContext | None = None) -> torch.Tensor:
+        """float32 values: [rows, cols] for two or more dimensions, [rows] for one.
+
+        `rows` must start at a multiple of the codec's granule; None reads all.
+        """
+        start, stop, _ = (rows or slice(None)).indices(self.rows)
+        if start % self.codec.granule:
+            raise UsageError(
+                f"{self.name} is stored as {self.codec.name}: rows must start at a multiple of "
+                f"{self.codec.granule}, not {start}"
+            )
+        return self.pull(start, stop, context or ReadContext())
+
+    def pull(self, start: int, stop: int, context: ReadContext) -> torch.Tensor:
+        raise TypeError(f"{type(self).__name__} cannot be read")
+
+    def sources(self) -> tuple[StoredRef, ...]:
+        """The stored tensors that this one is made from."""
+        raise TypeError(f"{type(self).__name__} has no sources")
+
+    def lineage(self) -> dict[str, Any]:
+        """How this tensor comes about, for manifests; parents by label."""
+        raise TypeError(f"{type(self).__name__} has no lineage")
+
+    def same_form(self, other: TensorRef) -> bool:
+        """Whether the stored bytes of both mean the same and lie in the same places."""
+        return self.codec == other.codec and self.parts == other.parts
+
+
+class StoredRef(TensorRef):
+    """A tensor as it lies in a parent."""
+
+    __slots__ = ("origin",)
+
+    def __init__(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        info: TensorInfo,
+        codec: Codec,
+        parts: tuple[Part, ...],
+        origin: str,
+    ) -> None:
+        super().__init__(name, shape, info, codec, parts)
+        self.origin = origin
+
+    def raw(self, part: Part, start: int, stop: int) -> np.ndarray[Any, Any]:
+        """The stored bytes (uint8) of one part that belong to rows start..stop."""
+        import numpy as np
+
+        stored = part.stored
+        if stored.file is None:
+            raise CheckpointError(f"{stored.name} lies in no file")
+        if part.view is None:
+            first, last = self._span(part, start, stop)
+            buffer = np.empty(last - first, np.uint8)
+            stored.file.read_into(buffer, stored.offset + first)
+            return buffer
+        slab_nbytes = stored.nbytes // stored.shape[0]
+        slab = np.empty(slab_nbytes, np.uint8)
+        stored.file.read_into(slab, stored.offset + part.view.index * slab_nbytes)
+        itemsize = slab_nbytes // prod(stored.shape[1:])
+        shaped = slab.view(f"V{itemsize}" if itemsize > 1 else np.uint8).reshape(stored.shape[1:])
+        return np.ascontiguousarray(part.view.of(shaped)).reshape(-1).view(np.uint8)
+
+    def _span(self, part: Part, start: int, stop: int) -> tuple[int, int]:
+        if start == 0 and stop == self.rows:
+            return 0, part.stored.nbytes
+        return self.codec.spans(self.shape, start, stop)[part.key]
+
+    def pull(self, start: int, stop: int, context: ReadContext) -> torch.Tensor:
+        raw = {part.key: self.raw(part, start, stop) for part in self.parts}
+        self.check_finite(raw, context)
+        return self.codec.decode(self.shape, start, stop, raw)
+
+    def check_finite(self, raw: Mapping[str, np.ndarray[Any, Any]], context: ReadContext) -> None:
+        """Raise CheckpointError where bytes hold NaN or infinity and the context forbids them."""
+        if context.allow_nonfinite:
+            return
+        for key, data in raw.items():
+            if not self.codec.finite(key, data):
+                raise nonfinite(self, key)
+
+    def sources(self) -> tuple[StoredRef, ...]:
+        return (self,)
+
+    def lineage(self) -> dict[str, Any]:
+        return {"copy": self.origin}
+
+
+def nonfinite(ref: StoredRef, key: str) -> CheckpointError:
+    """The refusal of a tensor that holds NaN or infinity."""
+    stored = next(part.stored for part in ref.parts if part.key == key)
+    where = f" in {stored.file.path}" if stored.file else ""
+    return CheckpointError(
+        f"{stored.name} of {ref.origin} holds NaN or infinity{where}",
+        hint="use another parent, or allow it with --set output.allow_nonfinite=true",
+    )
+
+
+class Decision(NamedTuple):
+    """What a kernel chose after looking at whole tensors: copy this input as stored, or compute."""
+
+    copy: int | None = None
+    reason: str = ""
+    metrics: Mapping[str, Any] | None = None
+
+
+class Kernel(Protocol):
+    """The arithmetic of a computed tensor, tile by tile."""
+
+    def decide(self, inputs: Sequence[TensorRef], context: ReadContext) -> Decision:
+        """Asked once per tensor before its first tile; may stream through the inputs."""
+
+    def combine(self, tiles: Sequence[torch.Tensor]) -> tuple[torch.Tensor, Sums]:
+        """One tile of the result from the same rows of every input, with its partial sums."""
+
+    def metrics(self, sums: Sums, numel: int) -> dict[str, Any]:
+        """What the summed partials say about the whole tensor."""
+
+    def lineage(self) -> dict[str, Any]: ...
+
+
+class ComputedRef(TensorRef):
+    """A tensor to be computed from the same rows of its inputs and stored in the form of `parts`."""
+
+    __slots__ = ("_decision", "_lock", "inputs", "kernel")
+
+    def __init__(self, like: TensorRef, inputs: tuple[TensorRef, ...], kernel: Kernel) -> None:
+        super().__init__(like.name, like.shape, like.info, like.codec, like.parts)
+        self.inputs = inputs
+        self.kernel = kernel
+        self._decision: Decision | None = None
+        self._lock = Lock()
+
+    def with_form(self, codec: Codec, parts: tuple[Part, ...]) -> ComputedRef:
+        """The same arithmetic, stored otherwise."""
+        other = ComputedRef(self, self.inputs, self.kernel)
+        other.codec, other.parts = codec, parts
+        return other
+
+    def decision(self, context: ReadContext) -> Decision:
+        """Made once, by whichever thread comes first."""
+        with self._lock:
+            if self._decision is None:
+                self._decision = self.kernel.decide(self.inputs, context)
+            return self._decision
+
+    def pull(self, start: int, stop: int, context: ReadContext) -> torch.Tensor:
+        choice = self.decision(context).copy
+        if choice is not None:
+            return self.inputs[choice].pull(start, stop, context)
+        tile, sums = self.kernel.combine([each.pull(start, stop, context) for each in self.inputs])
+        if context.record:
+            context.record(self, start, sums)
+        return tile
+
+    def tile_rows(self) -> int:
+        return max(super().tile_rows(), *(each.tile_rows() for each in self.inputs))
+
+    def sources(self) -> tuple[StoredRef, ...]:
+        return tuple(source for each in self.inputs for source in each.sources())
+
+    def lineage(self) -> dict[str, Any]:
+        return {**self.kernel.lineage(), "inputs": [each.lineage() for each in self.inputs]}
+
+
+@dataclass(frozen=True)
+class Recode:
+    """The kernel of a change of stored form: values pass through."""
+
+    def decide(self, inputs: Sequence[TensorRef], context: ReadContext) -> Decision:
+        return Decision()
+
+    def combine(self, tiles: Sequence[torch.Tensor]) -> tuple[torch.Tensor, Sums]:
+        return tiles[0], ()
+
+    def metrics(self, sums: Sums, numel: int) -> dict[str, Any]:
+        return {}
+
+    def lineage(self) -> dict[str, Any]:
+        return {"op": "recode"}
+
+
+def recode(ref: TensorRef, codec: Codec, parts: tuple[Part, ...]) -> TensorRef:
+    """`ref` stored in another form; refs that already have it come back unchanged."""
+    if ref.codec == codec and ref.parts == parts:
+        return ref
+    if isinstance(ref, ComputedRef):
+        return ref.with_form(codec, parts)
+    return ComputedRef(ref, (ref,), Recode()).with_form(codec, parts)
+
+
+class Probe(Protocol):
+    """A measurement that an operator asks for beside its tensors (e.g. parent distances)."""
+
+    def measure(self) -> Mapping[str, Any]:
+        """One row of the manifest's `measurements`."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Logical names to refs in natural order, with the config and side files they travel with."""
+
+    tensors: Mapping[str, TensorRef]
+    config: Mapping[str, Any]
+    architecture: Architecture
+    side_files: Mapping[str, Path]
+    label: str
+    inputs: tuple[Source, ...]
+    history: tuple[Mapping[str, Any], ...] = ()
+    """The steps that made it, oldest first: op, params and the labels of its inputs."""
+    dropped: Mapping[str, str] = field(default_factory=dict)
+    """Tensors of the base that are not here, with the reason."""
+    events: tuple[Event, ...] = ()
+    probes: tuple[Probe, ...] = ()
+
+    @property
+    def nbytes(self) -> int:
+        return sum(ref.nbytes for ref in self.tensors.values())
+
+    @property
+    def quantization(self) -> Mapping[str, Any]:
+        """The config's quantization_config, empty where there is none."""
+        return self.config.get("quantization_config") or {}
+
+    def replace(self, **changes: Any) -> Checkpoint:
+        """A copy with some fields changed."""
+        return replace(self, **changes)
+
+    def save(self, folder: str | Path, **options: Any) -> SaveResult:
+        """Write the checkpoint to `folder`; options are those of `surgery.stream.save.SaveOptions`."""
+        from surgery.stream.save import SaveOptions, save
+
+        return save(self, Path(folder), SaveOptions(**options))

@@ -1,0 +1,224 @@
+"""Run the jobs of all shards on a few threads, within the memory budget, and finish shard by shard.
+
+Every job reads, computes and writes by itself, so threads overlap disk and arithmetic; results do
+not depend on their number, because tiles are fixed by shape and partial sums are added in tile order.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from threading import Condition, Event, Lock, Thread
+from typing import Any
+
+from surgery.errors import InterruptedRun
+from surgery.stream.checkpoint import ComputedRef, ReadContext, Sums
+from surgery.stream.jobs import Job, compile_jobs
+from surgery.stream.targets import Shard
+from surgery.stream.writer import ShardWriter
+
+OPEN_SHARDS = 3
+"""Shards being written or hashed at one time."""
+
+Progress = Callable[[str, int, int], None]
+"""Called with (stage, done, total); bytes for the stage `write`."""
+
+
+class MemoryGate:
+    """Lets jobs in while their bytes fit the budget; a job larger than the budget runs alone."""
+
+    def __init__(self, budget: int) -> None:
+        self._budget = budget
+        self._used = 0
+        self._changed = Condition()
+
+    @contextmanager
+    def admit(self, nbytes: int, stopped: Callable[[], bool]) -> Iterator[None]:
+        with self._changed:
+            self._changed.wait_for(
+                lambda: stopped() or self._used == 0 or self._used + nbytes <= self._budget
+            )
+            self._used += nbytes
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._used -= nbytes
+                self._changed.notify_all()
+
+
+class SumTable:
+    """Partial sums of computed tensors, added in tile order when a tensor is complete."""
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self._sums: dict[int, dict[int, Sums]] = {}
+
+    def record(self, ref: ComputedRef, start: int, sums: Sums) -> None:
+        if sums:
+            with self._lock:
+                self._sums.setdefault(id(ref), {})[start] = sums
+
+    def take(self, ref: ComputedRef) -> Sums | None:
+        """Totals of a finished tensor, or None where nothing was recorded."""
+        with self._lock:
+            tiles = self._sums.pop(id(ref), None)
+        if not tiles:
+            return None
+        ordered = [tiles[start] for start in sorted(tiles)]
+        return tuple(sum(column) for column in zip(*ordered, strict=True))
+
+
+@dataclass
+class Execution:
+    """One run over the shards of a plan. `finished` hears of every shard as it is published."""
+
+    folder: Path
+    hashed: bool
+    threads: int
+    memory_bytes: int
+    context: ReadContext
+    finished: Callable[[Shard, str | None, Mapping[str, Any]], None]
+    progress: Progress
+    total_bytes: int
+    done_bytes: int = 0
+    _stop: Event = field(default_factory=Event)
+    _errors: list[BaseException] = field(default_factory=list)
+    _lock: Lock = field(default_factory=Lock)
+    _open: list[ShardWriter] = field(default_factory=list)
+
+    def run(self, shards: Sequence[Shard]) -> None:
+        """Write the shards. Raises the first error; finished shards stay."""
+        sums = SumTable()
+        self.context.record = sums.record
+        gate = MemoryGate(self.memory_bytes)
+        queue = self._jobs(shards, sums)
+        workers = [
+            Thread(target=self._work, args=(queue, gate), name=f"worker {number}", daemon=True)
+            for number in range(self.threads)
+        ]
+        with one_thread_per_job():
+            for worker in workers:
+                worker.start()
+            try:
+                for worker in workers:
+                    while worker.is_alive():
+                        worker.join(0.2)
+                self._close(0)
+            except KeyboardInterrupt:
+                self._stop.set()
+                for worker in workers:
+                    worker.join()
+                raise InterruptedRun(
+                    "stopped by the user", hint="the same command resumes: finished shards are kept"
+                ) from None
+            except BaseException as error:  # noqa: BLE001  (raised below, once the shards are closed)
+                self._fail(error)
+            finally:
+                self._stop_open()
+        if self._errors:
+            raise self._errors[0]
+
+    def _work(self, queue: Iterator[tuple[ShardWriter, Job]], gate: MemoryGate) -> None:
+        while not self._stop.is_set():
+            try:
+                with self._lock:
+                    if self._stop.is_set():
+                        return
+                    item = next(queue, None)
+                if item is None:
+                    return
+                writer, job = item
+                with gate.admit(job.peak_bytes, self._stop.is_set):
+                    if not self._stop.is_set():
+                        job.run(self._writing(writer), self.context)
+            except BaseException as error:  # noqa: BLE001  (raised again by run, on the caller's thread)
+                self._fail(error)
+                return
+
+    def _writing(self, writer: ShardWriter) -> Callable[[int, Any], None]:
+        def write(offset: int, data: Any) -> None:
+            writer.write(offset, data)
+            self._advance(data.nbytes)
+
+        return write
+
+    def _advance(self, nbytes: int) -> None:
+        self.done_bytes += nbytes
+        self.progress("write", self.done_bytes, self.total_bytes)
+
+    def _fail(self, error: BaseException) -> None:
+        self._errors.append(error)
+        self._stop.set()
+
+    def _jobs(self, shards: Sequence[Shard], sums: SumTable) -> Iterator[tuple[ShardWriter, Job]]:
+        """Jobs of all shards in order; opens a shard when its first job is asked for."""
+        for shard in shards:
+            self._close(OPEN_SHARDS - 1)
+            writer = ShardWriter(
+                self.folder / shard.name,
+                shard.header,
+                shard.nbytes,
+                hashed=self.hashed,
+                finished=lambda digest, shard=shard: self.finished(shard, digest, outcomes(shard, sums)),  # type: ignore[misc]
+            )
+            self._advance(len(shard.header))
+            self._open.append(writer)
+            for job in compile_jobs(shard):
+                yield writer, job
+
+    def _close(self, keep: int) -> None:
+        """Wait until at most `keep` shards are unfinished."""
+        while len(self._open) > keep:
+            if self._stop.is_set():
+                return
+            self._open[0].join()
+            self._open.pop(0)
+
+    def _stop_open(self) -> None:
+        for writer in self._open:
+            writer.stop()
+        while self._open:
+            try:
+                self._open.pop(0).join()
+            except Exception as error:  # noqa: BLE001  (the first error is raised by run)
+                self._errors.append(error)
+
+
+def outcomes(shard: Shard, sums: SumTable) -> dict[str, Any]:
+    """What was decided and measured for the computed tensors of a finished shard, by name."""
+    found: dict[str, Any] = {}
+    for target, _ in shard.targets:
+        for ref, part in target.members:
+            if not isinstance(ref, ComputedRef) or part is not ref.parts[0]:
+                continue
+            decision = ref.decision(ReadContext())
+            entry: dict[str, Any] = {}
+            if decision.copy is not None:
+                entry = {"copied": decision.copy, "reason": decision.reason}
+            totals = sums.take(ref)
+            metrics = decision.metrics or (ref.kernel.metrics(totals, ref.numel) if totals else None)
+            if metrics:
+                entry["metrics"] = dict(metrics)
+            if entry:
+                found[ref.name] = entry
+    return found
+
+
+@contextmanager
+def one_thread_per_job() -> Iterator[None]:
+    """torch, where it is loaded, computes each tile on the thread that asked: parallelism is over
+    tiles, and a reduction split over threads would not be reproducible."""
+    torch = sys.modules.get("torch")
+    if torch is None:
+        yield
+        return
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,132 @@
+"""Files that tensors lie in: opened on first use, read by position, shared by threads."""
+
+from __future__ import annotations
+
+import os
+import re
+import weakref
+from dataclasses import dataclass, field
+from hashlib import sha256
+from pathlib import Path
+from threading import Lock
+from typing import TYPE_CHECKING, Any
+
+from surgery.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+_DIGITS = re.compile(r"(\d+)")
+
+
+def natural_key(name: str) -> list[str | int]:
+    """Sort key that puts layer 2 before layer 10."""
+    return [int(piece) if i % 2 else piece for i, piece in enumerate(_DIGITS.split(name))]
+
+
+class DataFile:
+    """A local shard. `header_hash` (SHA-256 of its header bytes) identifies its layout."""
+
+    readable = True
+
+    def __init__(self, path: Path, header: bytes) -> None:
+        self.path = path
+        self.name = path.name
+        status = os.stat(path)
+        self.size = status.st_size
+        self.mtime_ns = status.st_mtime_ns
+        self.header_hash = sha256(header).hexdigest()
+        self._descriptor: int | None = None
+        self._lock = Lock()
+
+    def descriptor(self) -> int:
+        """The open file descriptor; it is closed with this object."""
+        with self._lock:
+            if self._descriptor is None:
+                try:
+                    self._descriptor = os.open(self.path, os.O_RDONLY)
+                except OSError as error:
+                    raise CheckpointError(f"cannot open {self.path}: {error.strerror}") from error
+                weakref.finalize(self, os.close, self._descriptor)
+            return self._descriptor
+
+    def read_into(self, buffer: np.ndarray[Any, Any], offset: int) -> None:
+        """Fill a uint8 buffer with the bytes from `offset` on."""
+        view = buffer.data
+        done = 0
+        while done < len(view):
+            try:
+                got = os.preadv(self.descriptor(), [view[done:]], offset + done)
+            except OSError as error:
+                raise CheckpointError(
+                    f"reading {self.path} at byte {offset + done} failed: {error.strerror}",
+                    hint="check the disk, then run the same command again: it resumes",
+                ) from error
+            if got == 0:
+                raise CheckpointError(
+                    f"{self.path} ends at byte {offset + done}, though its header promises more",
+                    hint="the file changed while it was read; fetch it again",
+                )
+            done += got
+
+    def identity(self) -> dict[str, Any]:
+        """What a resumed run compares: another size, time or header is another input."""
+        return {"size": self.size, "mtime_ns": self.mtime_ns, "header_sha256": self.header_hash}
+
+
+class RemoteFile(DataFile):
+    """A shard known by its header alone. It can be planned with, not read."""
+
+    readable = False
+
+    def __init__(self, name: str, header_hash: str, label: str) -> None:
+        self.path = Path(name)
+        self.name = name
+        self.size = 0
+        self.mtime_ns = 0
+        self.header_hash = header_hash
+        self.label = label
+
+    def descriptor(self) -> int:
+        raise CheckpointError(
+            f"{self.label} is known by its headers only: {self.name} is not in the local cache",
+            hint=f"download it first: hf download {self.label.replace('@', ' --revision ')}",
+        )
+
+
+@dataclass(frozen=True)
+class Source:
+    """One opened model: what it was asked for as, where it lies, and its shards."""
+
+    label: str
+    model: str
+    """The path or hub id it was opened by."""
+    folder: Path | None
+    revision: str | None
+    files: tuple[DataFile, ...]
+    notes: tuple[str, ...] = ()
+    """What was odd about the folder but did not stop it from being opened."""
+
+    @property
+    def readable(self) -> bool:
+        return all(file.readable for file in self.files)
+
+    def identity(self) -> dict[str, Any]:
+        return {
+            "model": self.model,
+            "revision": self.revision,
+            "files": {file.name: file.identity() for file in self.files},
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """A tensor as a file holds it, or (with no file) as it is to be written."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+    file: DataFile | None = field(default=None, compare=False, repr=False)
+    offset: int = field(default=0, compare=False)

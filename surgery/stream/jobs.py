@@ -1,0 +1,288 @@
+"""The work of one shard as a sequence of jobs, each small enough for the memory budget.
+
+    CopyJob   bytes of parents as stored; neighbours in a file are read together
+    TileJob   some rows of computed tensors: read, combine, encode
+    SlabJob   one expert of a fused tensor, put together from its projections
+
+A job reads, computes and writes by itself, so jobs in flight on several threads overlap all three.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from math import prod
+from typing import TYPE_CHECKING, Any, Protocol
+
+from surgery.codecs.codec import matrix_shape
+from surgery.stream.checkpoint import ComputedRef, Part, ReadContext, StoredRef, TensorRef, nonfinite
+from surgery.stream.targets import Shard, Target
+
+if TYPE_CHECKING:
+    import numpy as np
+
+CHUNK = 8 << 20
+"""Bytes that a copy reads at a time."""
+SMALL = 1 << 18
+"""Weights up to which computed tensors share a job."""
+
+Write = Callable[[int, "np.ndarray[Any, np.dtype[Any]]"], None]
+"""Write bytes at an offset of the shard."""
+
+
+class Job(Protocol):
+    @property
+    def peak_bytes(self) -> int: ...
+
+    def run(self, write: Write, context: ReadContext) -> None: ...
+
+
+@dataclass(slots=True)
+class Piece:
+    """Bytes of one stored tensor inside a copy: where they begin in the job, and whose they are."""
+
+    begin: int
+    nbytes: int
+    ref: StoredRef
+    key: str
+
+
+@dataclass(slots=True)
+class CopyJob:
+    """`nbytes` bytes from one place in a parent's shard to one place in ours."""
+
+    part: Part
+    source: int
+    target: int
+    nbytes: int
+    pieces: list[Piece] = field(default_factory=list)
+
+    @property
+    def peak_bytes(self) -> int:
+        return self.nbytes
+
+    def run(self, write: Write, context: ReadContext) -> None:
+        import numpy as np
+
+        file = self.part.stored.file
+        if file is None:
+            raise TypeError(f"{self.part.stored.name} lies in no file")
+        buffer = np.empty(self.nbytes, np.uint8)
+        file.read_into(buffer, self.source)
+        if not context.allow_nonfinite:
+            for piece in self.pieces:
+                data = buffer[piece.begin : piece.begin + piece.nbytes]
+                if not piece.ref.codec.finite(piece.key, data):
+                    raise nonfinite(piece.ref, piece.key)
+        write(self.target, buffer)
+
+
+@dataclass(slots=True)
+class Rows:
+    """Rows start..stop of a computed tensor, and where in the shard each of its parts begins."""
+
+    ref: ComputedRef
+    start: int
+    stop: int
+    offsets: dict[str, int]
+
+    def run(self, write: Write, context: ReadContext) -> None:
+        ref = self.ref
+        spans = self._spans()
+        choice = ref.decision(context).copy
+        donor = ref.inputs[choice] if choice is not None else None
+        if isinstance(donor, StoredRef) and same_bytes(donor, ref):
+            raw = {part.key: donor.raw(part, self.start, self.stop) for part in donor.parts}
+            donor.check_finite(raw, context)
+        else:
+            raw = ref.codec.encode(ref.pull(self.start, self.stop, context))
+        for key, data in raw.items():
+            write(self.offsets[key] + spans[key], data)
+
+    def _spans(self) -> dict[str, int]:
+        if self.start == 0:
+            return dict.fromkeys(self.offsets, 0)
+        spans = self.ref.codec.spans(self.ref.shape, self.start, self.stop)
+        return {key: first for key, (first, _) in spans.items()}
+
+
+@dataclass(slots=True)
+class TileJob:
+    """Rows of one large computed tensor, or several small ones whole."""
+
+    tiles: list[Rows] = field(default_factory=list)
+
+    @property
+    def peak_bytes(self) -> int:
+        return max(tile_bytes(rows.ref, rows.stop - rows.start) for rows in self.tiles)
+
+    def run(self, write: Write, context: ReadContext) -> None:
+        for rows in self.tiles:
+            rows.run(write, context)
+
+
+@dataclass(slots=True)
+class SlabJob:
+    """Expert `index` of a fused tensor whose projections come from different places."""
+
+    target: Target
+    index: int
+    offset: int
+    members: list[tuple[TensorRef, Part]]
+
+    @property
+    def peak_bytes(self) -> int:
+        slab = self.target.stored.nbytes // self.target.stored.shape[0]
+        return 2 * slab + max(tile_bytes(ref, ref.rows) for ref, _ in self.members)
+
+    def run(self, write: Write, context: ReadContext) -> None:
+        import numpy as np
+
+        stored = self.target.stored
+        nbytes = stored.nbytes // stored.shape[0]
+        itemsize = nbytes // prod(stored.shape[1:])
+        slab = np.empty(nbytes, np.uint8)
+        cells = slab.view(f"V{itemsize}" if itemsize > 1 else np.uint8).reshape(stored.shape[1:])
+        for ref, part in self.members:
+            if part.view is None:
+                raise TypeError(f"{ref.name} is no part of the fused tensor {stored.name}")
+            place = part.view.of(cells)
+            data = np.ascontiguousarray(self._bytes(ref, part, context))
+            place[...] = data.view(cells.dtype).reshape(place.shape)
+        write(self.offset + self.index * nbytes, slab)
+
+    @staticmethod
+    def _bytes(ref: TensorRef, part: Part, context: ReadContext) -> np.ndarray[Any, Any]:
+        donor: TensorRef = ref
+        if isinstance(ref, ComputedRef):
+            choice = ref.decision(context).copy
+            donor = ref.inputs[choice] if choice is not None else ref
+        if isinstance(donor, StoredRef) and same_bytes(donor, ref):
+            mine = next(each for each in donor.parts if each.key == part.key)
+            raw = donor.raw(mine, 0, donor.rows)
+            donor.check_finite({part.key: raw}, context)
+            return raw
+        return ref.codec.encode(ref.pull(0, ref.rows, context))[part.key]
+
+
+def same_bytes(donor: TensorRef, ref: TensorRef) -> bool:
+    """Whether the donor's stored bytes can be written for `ref` as they are (names may differ)."""
+    if donor.codec != ref.codec or donor.shape != ref.shape or len(donor.parts) != len(ref.parts):
+        return False
+    return all(
+        mine.key == other.key and mine.stored.dtype == other.stored.dtype
+        for mine, other in zip(donor.parts, ref.parts, strict=True)
+    )
+
+
+def tile_bytes(ref: TensorRef, rows: int) -> int:
+    """Peak bytes of computing `rows` rows: raw parts, float32 inputs, and three temporaries."""
+    if isinstance(ref, StoredRef):
+        return ref.nbytes
+    weights = rows * matrix_shape(ref.shape)[1]
+    return weights * (4 * len(ref.sources()) + 4 * (len(ref.sources()) + 3))
+
+
+def compile_jobs(shard: Shard) -> Iterator[Job]:
+    """Jobs that together write every byte of the shard behind its header, in file order."""
+    copy: CopyJob | None = None
+    small = TileJob()
+    weights = 0
+    offsets = {target.stored.name: offset for target, offset in shard.targets}
+    for target, offset in shard.targets:
+        if target.fused:
+            yield from _fused_jobs(target, offset)
+            continue
+        ref, part = target.members[0]
+        if isinstance(ref, StoredRef):
+            if copy and _continues(copy, part, offset):
+                _extend(copy, ref, part)
+            else:
+                if copy:
+                    yield from _split(copy)
+                copy = CopyJob(part, part.stored.offset, offset, 0)
+                _extend(copy, ref, part)
+        elif isinstance(ref, ComputedRef) and part is ref.parts[0]:
+            places = {each.key: offsets[each.stored.name] for each in ref.parts}
+            tiles = [Rows(ref, start, stop, places) for start, stop in ref.tiles()]
+            if len(tiles) == 1 and ref.numel <= SMALL:
+                small.tiles.append(tiles[0])
+                weights += ref.numel
+                if weights >= SMALL:
+                    yield small
+                    small, weights = TileJob(), 0
+            else:
+                yield from (TileJob([rows]) for rows in tiles)
+    if copy:
+        yield from _split(copy)
+    if small.tiles:
+        yield small
+
+
+def _continues(copy: CopyJob, part: Part, offset: int) -> bool:
+    return (
+        copy.part.stored.file is part.stored.file
+        and copy.source + copy.nbytes == part.stored.offset
+        and copy.target + copy.nbytes == offset
+    )
+
+
+def _extend(copy: CopyJob, ref: StoredRef, part: Part) -> None:
+    copy.pieces.append(Piece(copy.nbytes, part.stored.nbytes, ref, part.key))
+    copy.nbytes += part.stored.nbytes
+
+
+def _split(copy: CopyJob) -> Iterator[CopyJob]:
+    """Chunks of one long copy; tensors cut by a chunk border are cut at multiples of 8 bytes."""
+    begin = first = 0
+    while begin < copy.nbytes:
+        end = min(begin + CHUNK, copy.nbytes)
+        while first < len(copy.pieces) and copy.pieces[first].begin + copy.pieces[first].nbytes <= begin:
+            first += 1
+        pieces = []
+        for piece in copy.pieces[first:]:
+            if piece.begin >= end:
+                break
+            if end < piece.begin + piece.nbytes:
+                end -= (end - piece.begin) % 8
+            low, high = max(piece.begin, begin), min(piece.begin + piece.nbytes, end)
+            if high > low:
+                pieces.append(Piece(low - begin, high - low, piece.ref, piece.key))
+        yield CopyJob(copy.part, copy.source + begin, copy.target + begin, end - begin, pieces)
+        begin = end
+
+
+def _fused_jobs(target: Target, offset: int) -> Iterator[Job]:
+    by_expert: dict[int, list[tuple[TensorRef, Part]]] = {}
+    for ref, part in target.members:
+        by_expert.setdefault(part.view.index if part.view else 0, []).append((ref, part))
+    nbytes = target.stored.nbytes // target.stored.shape[0]
+    copy: CopyJob | None = None
+    for index, members in sorted(by_expert.items()):
+        place = offset + index * nbytes
+        origin = _whole_slab(members)
+        if origin is None:
+            yield SlabJob(target, index, offset, members)
+            continue
+        ref, part, source = origin
+        if copy and copy.part.stored.file is part.stored.file and copy.source + copy.nbytes == source:
+            copy.nbytes += nbytes
+        else:
+            if copy:
+                yield from _split(copy)
+            copy = CopyJob(part, source, place, nbytes)
+        copy.pieces.append(Piece(place - copy.target, nbytes, ref, part.key))
+    if copy:
+        yield from _split(copy)
+
+
+def _whole_slab(members: list[tuple[TensorRef, Part]]) -> tuple[StoredRef, Part, int] | None:
+    """The parent's bytes of a whole expert, where every projection is a copy from the same one."""
+    files = {(id(part.stored.file), part.stored.offset) for _, part in members}
+    ref, part = members[0]
+    if len(files) != 1 or not all(isinstance(each, StoredRef) for each, _ in members):
+        return None
+    if not isinstance(ref, StoredRef) or part.view is None:
+        return None
+    source = part.stored.offset + part.view.index * (part.stored.nbytes // part.stored.shape[0])
+    return ref, part, source

@@ -1,0 +1,123 @@
+"""The manifest: where every tensor of an output came from, and everything needed to check it.
+
+`lineage` holds each distinct history once and `tensors` points into it, so that the manifest of a
+91,991-tensor model stays a few megabytes. All under `run` (times, memory, threads) may differ between
+two runs of equal outputs; nothing else does.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import sys
+from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from surgery.errors import VerificationError
+from surgery.stream.checkpoint import Checkpoint, ComputedRef, Event
+from surgery.stream.survey import Survey
+
+NAME = "surgery_manifest.json"
+SCHEMA = 1
+DISTRIBUTION = "llm-surgery"
+
+
+def tool_versions() -> dict[str, str]:
+    """Versions that results depend on; torch only where it took part."""
+    found = {"python": platform.python_version(), "surgery": tool_version()}
+    for name in ("numpy", "torch"):
+        if name in sys.modules:
+            found[name] = str(sys.modules[name].__version__)
+    return found
+
+
+def tool_version() -> str:
+    try:
+        return version(DISTRIBUTION)
+    except PackageNotFoundError:
+        return "checkout"
+
+
+def build_manifest(
+    checkpoint: Checkpoint,
+    plan: Survey,
+    outcomes: Mapping[str, Mapping[str, Any]],
+    *,
+    recipe: Mapping[str, Any] | None,
+    settings: Mapping[str, Any],
+    events: Sequence[Event],
+    measurements: Sequence[Mapping[str, Any]],
+    files: Mapping[str, Mapping[str, Any]],
+    run: Mapping[str, Any],
+) -> dict[str, Any]:
+    """`outcomes` says of computed tensors what was decided and measured while writing."""
+    templates: dict[str, int] = {}
+    tensors: dict[str, int] = {}
+    coverage: dict[tuple[str, bool, str], list[int]] = {}
+    for name, ref in checkpoint.tensors.items():
+        lineage = ref.lineage()
+        choice = outcomes.get(name, {}).get("copied")
+        action = str(lineage.get("op", f"copy of {lineage.get('copy')}"))
+        if choice is not None and isinstance(ref, ComputedRef):
+            lineage = {**ref.inputs[choice].lineage(), "because": outcomes[name]["reason"]}
+            action = f"copy of {lineage.get('copy')} ({outcomes[name]['reason']})"
+        key = json.dumps(lineage, sort_keys=True)
+        tensors[name] = templates.setdefault(key, len(templates))
+        cell = coverage.setdefault((ref.info.role, ref.info.mtp, action), [0, 0])
+        cell[0] += 1
+        cell[1] += ref.nbytes
+    return {
+        "schema": SCHEMA,
+        "versions": tool_versions(),
+        "recipe": recipe,
+        "settings": settings,
+        "steps": list(checkpoint.history),
+        "model": describe_model(checkpoint),
+        "inputs": {source.label: source.identity() for source in checkpoint.inputs},
+        "output": {"bytes": plan.output_bytes, "tensors": len(tensors), "files": files},
+        "coverage": [
+            {"role": role, "mtp": mtp, "action": action, "tensors": cell[0], "bytes": cell[1]}
+            for (role, mtp, action), cell in sorted(coverage.items())
+        ],
+        "dropped": dict(checkpoint.dropped),
+        "events": [event.as_dict() for event in events],
+        "measurements": list(measurements),
+        "lineage": [json.loads(key) for key in templates],
+        "tensors": tensors,
+        "metrics": {name: found["metrics"] for name, found in outcomes.items() if found.get("metrics")},
+        "run": dict(run),
+    }
+
+
+def describe_model(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What readers of a manifest need of the config."""
+    text = checkpoint.config.get("text_config") or {}
+    layers = checkpoint.config.get("num_hidden_layers", text.get("num_hidden_layers"))
+    return {
+        "model_type": checkpoint.config.get("model_type"),
+        "architecture": checkpoint.architecture.name,
+        "num_hidden_layers": layers,
+        "dtype": checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype"),
+        "quantization_config": dict(checkpoint.quantization),
+    }
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of an output; VerificationError where there is none or it cannot be read."""
+    path = folder / NAME
+    try:
+        manifest = json.loads(path.read_bytes())
+    except OSError as error:
+        raise VerificationError(
+            f"{folder} has no {NAME}: it was not written by surgery, or never finished",
+            hint="look at it with: surgery inspect",
+        ) from error
+    except ValueError as error:
+        raise VerificationError(f"{path} is damaged: {error}") from error
+    schema = manifest.get("schema") if isinstance(manifest, dict) else None
+    if schema != SCHEMA:
+        raise VerificationError(f"{path} has schema {schema}, this version reads {SCHEMA}")
+    found: dict[str, Any] = manifest
+    return found

@@ -1,0 +1,269 @@
+"""Save a checkpoint: preflight, journal, shards, side files, manifest, and publishing by rename.
+
+Nothing appears under the output's name before it is whole. Work goes on in `OUT.partial` beside it;
+the same call resumes there, `fresh` starts again. Every file is hashed while it is written.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from surgery.errors import PlanError, StrictError
+from surgery.stream.card import build_card
+from surgery.stream.checkpoint import Checkpoint, ComputedRef, Event, ReadContext
+from surgery.stream.execute import Execution, Progress
+from surgery.stream.formats import Format, apply_format
+from surgery.stream.journal import LOCK, Journal
+from surgery.stream.journal import NAME as JOURNAL
+from surgery.stream.manifest import NAME as MANIFEST
+from surgery.stream.manifest import build_manifest, tool_versions
+from surgery.stream.survey import Survey, check_disk, check_memory, survey
+from surgery.stream.targets import Shard
+from surgery.stream.writer import disk_error
+
+INDEX = "model.safetensors.index.json"
+SUMS = "SHA256SUMS"
+
+Extras = Callable[[Mapping[str, Any]], Mapping[str, str]]
+"""Further text files of the output, made from its manifest."""
+
+
+def silent(stage: str, done: int, total: int) -> None:
+    """The progress callback of those who want none."""
+
+
+def cores() -> int:
+    return len(os.sched_getaffinity(0))
+
+
+@dataclass(frozen=True)
+class SaveOptions:
+    """How to write. `memory_bytes` bounds the buffers in flight; `threads` and it never change results."""
+
+    format: Format = "source"
+    shard_bytes: int = 5_000_000_000
+    hash: bool = True
+    memory_bytes: int = 1 << 30
+    threads: int = field(default_factory=cores)
+    overwrite: bool = False
+    fresh: bool = False
+    strict: bool = False
+    allow_nonfinite: bool = False
+    recipe: Mapping[str, Any] | None = None
+    extras: Extras | None = None
+    progress: Progress = silent
+
+    def settings(self) -> dict[str, Any]:
+        """Those that change what is written."""
+        return {
+            "format": self.format, "shard_bytes": self.shard_bytes, "hash": self.hash,
+            "allow_nonfinite": self.allow_nonfinite,
+        }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class SaveResult:
+    folder: Path
+    manifest: Mapping[str, Any]
+
+
+def save(checkpoint: Checkpoint, folder: Path, options: SaveOptions) -> SaveResult:
+    """Write `checkpoint` to `folder`. Raises PlanError before anything is written where it cannot
+    work, StrictError under `strict` where there are events."""
+    checkpoint = apply_format(checkpoint, options.format)
+    plan = survey(checkpoint, options.shard_bytes)
+    work = work_folder(folder)
+    check_output(folder, options.overwrite)
+    check_readable(checkpoint)
+    check_memory(plan, options.memory_bytes)
+    refuse_events(checkpoint.events, options.strict)
+    if any(isinstance(ref, ComputedRef) for ref in checkpoint.tensors.values()):
+        import torch  # noqa: F401  (before the threads start, so that they only compute)
+    if options.fresh and work.exists():
+        shutil.rmtree(work)
+    check_disk(plan.disk_bytes - _bytes_in(work), folder)
+    work.mkdir(parents=True, exist_ok=True)
+    journal = Journal(work, fingerprint(checkpoint, options))
+    try:
+        return _write(checkpoint, folder, work, plan, journal, options)
+    finally:
+        journal.close()
+        if folder.exists() and not work.exists():
+            (folder / LOCK).unlink(missing_ok=True)
+            (folder / JOURNAL).unlink(missing_ok=True)
+
+
+def work_folder(folder: Path) -> Path:
+    """Where the output is put together before it is published."""
+    return folder.with_name(folder.name + ".partial")
+
+
+def check_output(folder: Path, overwrite: bool) -> None:
+    """Refuse an output folder that holds something, unless it may be replaced."""
+    if folder.exists() and not folder.is_dir():
+        raise PlanError(f"{folder} is a file", hint="choose another output folder")
+    if folder.is_dir() and any(folder.iterdir()) and not overwrite:
+        raise PlanError(
+            f"{folder} exists and is not empty", hint="choose another folder, or replace it with --overwrite"
+        )
+
+
+def check_readable(checkpoint: Checkpoint) -> None:
+    """Refuse parents that are known by their headers only."""
+    for source in checkpoint.inputs:
+        if not source.readable:
+            raise PlanError(
+                f"{source.label} ({source.model}) is not on this machine: only its headers are known",
+                hint=f"download it first: hf download {source.model.replace('@', ' --revision ')}",
+            )
+
+
+def refuse_events(events: tuple[Event, ...], strict: bool) -> None:
+    if strict and events:
+        raise StrictError(
+            f"{len(events)} events under --strict, first: {events[0].message}",
+            hint="run without --strict to accept them",
+        )
+
+
+def fingerprint(checkpoint: Checkpoint, options: SaveOptions) -> dict[str, Any]:
+    """What a resumed run must agree in."""
+    return {
+        "steps": list(checkpoint.history),
+        "settings": options.settings(),
+        "inputs": {source.label: source.identity() for source in checkpoint.inputs},
+        "side_files": {name: path.stat().st_size for name, path in checkpoint.side_files.items()},
+        "versions": tool_versions(),
+    }
+
+
+def _write(
+    checkpoint: Checkpoint, folder: Path, work: Path, plan: Survey, journal: Journal, options: SaveOptions
+) -> SaveResult:
+    started, clock = time.time(), time.monotonic()
+    kept = {
+        shard.name: journal.shards[shard.name]
+        for shard in plan.shards
+        if shard.name in journal.shards and _size(work / shard.name) == shard.nbytes
+    }
+    finished = dict(kept)
+
+    def finish(shard: Shard, digest: str | None, found: Mapping[str, Any]) -> None:
+        entry = {
+            "event": "shard", "shard": shard.name, "bytes": shard.nbytes, "sha256": digest, "tensors": found,
+        }  # fmt: skip
+        journal.append(entry)
+        finished[shard.name] = entry
+
+    Execution(
+        work, options.hash, max(1, options.threads), options.memory_bytes,
+        ReadContext(options.allow_nonfinite), finish, options.progress,
+        total_bytes=plan.output_bytes,
+        done_bytes=sum(shard.nbytes for shard in plan.shards if shard.name in kept),
+    ).run([shard for shard in plan.shards if shard.name not in kept])  # fmt: skip
+    measurements = [probe.measure() for probe in checkpoint.probes]
+    outcomes = {name: each for entry in finished.values() for name, each in entry["tensors"].items()}
+    weights = {
+        shard.name: {"bytes": shard.nbytes, "sha256": finished[shard.name]["sha256"]} for shard in plan.shards
+    }
+    files = {**weights, **_write_side_files(checkpoint, plan, work, options.hash)}
+    manifest = build_manifest(
+        checkpoint,
+        plan,
+        outcomes,
+        recipe=options.recipe,
+        settings=options.settings(),
+        events=checkpoint.events,
+        measurements=measurements,
+        files=files,
+        run={
+            "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
+            "seconds": round(time.monotonic() - clock, 3),
+            "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            "threads": options.threads,
+            "memory_bytes": options.memory_bytes,
+            "device": "cpu",
+            "resumed_shards": sorted(kept),
+        },
+    )
+    texts = {"README.md": build_card(checkpoint, manifest)}
+    if options.extras:
+        texts |= options.extras(manifest)
+    for name, text in texts.items():
+        _write_bytes(work / name, text.encode())
+    if options.hash:
+        sums = {name: entry["sha256"] for name, entry in files.items()}
+        sums |= {name: sha256(text.encode()).hexdigest() for name, text in texts.items()}
+        lines = "".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items()))
+        _write_bytes(work / SUMS, lines.encode())
+    _write_bytes(work / MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False).encode())
+    journal.append({"event": "complete"})
+    _publish(work, folder)
+    return SaveResult(folder, manifest)
+
+
+def _write_side_files(
+    checkpoint: Checkpoint, plan: Survey, work: Path, hashed: bool
+) -> dict[str, dict[str, Any]]:
+    """config.json, the index, and everything else that travels with the weights."""
+    files = {name: path.read_bytes() for name, path in checkpoint.side_files.items()}
+    config = dict(checkpoint.config)
+    if "config.json" not in files or json.loads(files["config.json"]) != config:
+        files["config.json"] = (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
+    if len(plan.shards) > 1:
+        weight_map = {target.stored.name: shard.name for shard in plan.shards for target, _ in shard.targets}
+        total = sum(target.stored.nbytes for shard in plan.shards for target, _ in shard.targets)
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        files[INDEX] = (json.dumps(index, indent=2, ensure_ascii=False) + "\n").encode()
+    for name, data in files.items():
+        _write_bytes(work / name, data)
+    return {
+        name: {"bytes": len(data), "sha256": sha256(data).hexdigest() if hashed else None}
+        for name, data in sorted(files.items())
+    }
+
+
+def _write_bytes(path: Path, data: bytes) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise disk_error(error, path) from error
+
+
+def _publish(work: Path, folder: Path) -> None:
+    """Give the finished work folder the output's name; what it replaces goes last."""
+    replaced = folder.with_name(folder.name + ".replaced")
+    if folder.exists() and any(folder.iterdir()):
+        if replaced.exists():
+            shutil.rmtree(replaced)
+        os.rename(folder, replaced)
+    os.rename(work, folder)
+    parent = os.open(folder.absolute().parent, os.O_RDONLY)
+    try:
+        os.fsync(parent)
+    finally:
+        os.close(parent)
+    if replaced.exists():
+        shutil.rmtree(replaced)
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.is_file() else -1
+
+
+def _bytes_in(folder: Path) -> int:
+    """Bytes that an unfinished run already holds."""
+    return sum(path.stat().st_size for path in folder.iterdir() if path.is_file()) if folder.is_dir() else 0

@@ -1,0 +1,251 @@
+"""Open a model: a local folder, or a hub id found in the local cache (or known by its headers).
+
+Reads config.json, the index and every safetensors header, checks them against one another, and
+groups stored tensors to logical ones: FP8 weights with their scales, fused experts one by one.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from surgery.codecs.codec import Codec
+from surgery.codecs.fp8_block import BLOCK, Fp8Block, scale_shape
+from surgery.codecs.plain import ITEMSIZE, Opaque, Plain
+from surgery.errors import CheckpointError, Table
+from surgery.stream.checkpoint import Checkpoint, Event, Part, StoredRef
+from surgery.stream.files import DataFile, Source, StoredTensor, natural_key
+from surgery.stream.header import read_header
+from surgery.stream.hub import locate
+from surgery.stream.roles import Architecture, architecture_for
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+SCALE_SUFFIX = "_scale_inv"
+_LEFT_BEHIND = re.compile(
+    r"\.(safetensors|bin|pt|pth|gguf|onnx|msgpack|h5)$|\.index\.json$"
+    r"|^(README\.md|SHA256SUMS|surgery_(manifest\.json|recipe\.yaml|report\.html))$",
+    re.I,
+)
+
+
+def open_checkpoint(model: str | Path, name: str | None = None) -> Checkpoint:
+    """A lazy checkpoint of a folder, `repo` or `repo@revision`. Reads headers only.
+
+    `name` is what messages and lineage call it (default: `model` itself). Raises CheckpointError for
+    whatever makes the files unusable, naming the file or tensor.
+    """
+    found = locate(model)
+    label = name or str(model)
+    if found.folder is None:
+        config, stored, files, notes = found.config, found.tensors, found.files, found.notes
+    else:
+        config = read_config(found.folder)
+        stored, files, notes = read_folder(found.folder)
+    architecture = architecture_for(config)
+    if not architecture.known:
+        notes = (*notes, f"no roles are known for model_type {config.get('model_type')!r}")
+    source = Source(label, str(model), found.folder, found.revision, files, notes)
+    refs = group(stored, config, architecture, label)
+    return Checkpoint(
+        tensors={ref.name: ref for ref in refs},
+        config=config,
+        architecture=architecture,
+        side_files=found.side_files if found.folder is None else side_files(found.folder),
+        label=label,
+        inputs=(source,),
+        events=tuple(Event("input", f"{label}: {note}") for note in notes),
+    )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a model folder; CheckpointError where it is none."""
+    try:
+        value = json.loads(path.read_bytes())
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path} is no valid JSON: {error}", hint="fetch this file again") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} holds {type(value).__name__}, not a JSON object")
+    return value
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    if not path.is_file():
+        raise CheckpointError(f"{folder} has no config.json", hint="point at the folder of a whole model")
+    return read_json(path)
+
+
+def read_folder(folder: Path) -> tuple[list[StoredTensor], tuple[DataFile, ...], tuple[str, ...]]:
+    """Stored tensors of a folder (in natural order), its shards, and what was odd about them."""
+    present = sorted(path.name for path in folder.glob("*.safetensors"))
+    if (folder / INDEX).is_file():
+        weight_map = read_json(folder / INDEX).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
+            raise CheckpointError(f"{folder / INDEX} has no weight_map of tensor names to files")
+        names = sorted(set(weight_map.values()))
+    elif SINGLE in present or len(present) == 1:
+        weight_map, names = None, [SINGLE if SINGLE in present else present[0]]
+    elif present:
+        raise CheckpointError(
+            f"{folder} has {len(present)} safetensors files and no {INDEX}", hint="fetch the index"
+        )
+    else:
+        raise CheckpointError(
+            f"{folder} has no safetensors files", hint="surgery reads safetensors checkpoints only"
+        )
+    missing = [name for name in names if not (folder / name).is_file() or "/" in name or name == ".."]
+    if missing:
+        raise CheckpointError(
+            f"{folder} lacks {len(missing)} of {len(names)} shards that its index names: {_some(missing)}",
+            hint="fetch the missing shards",
+            table=Table(("missing shard",), tuple((name,) for name in missing)),
+        )
+    tensors: dict[str, StoredTensor] = {}
+    files = []
+    for name in names:
+        header = read_header(folder / name)
+        file = DataFile(folder / name, header.raw)
+        files.append(file)
+        for entry in header.entries:
+            if entry.name in tensors:
+                other = tensors[entry.name].file
+                raise CheckpointError(
+                    f"tensor {entry.name} lies in two shards, {other.name if other else '?'} and {name}"
+                )
+            tensors[entry.name] = StoredTensor(
+                entry.name, entry.dtype, entry.shape, entry.nbytes, file, entry.offset
+            )
+    notes = check_index(weight_map, tensors, folder) if weight_map is not None else ()
+    ignored = [name for name in present if name not in names]
+    if ignored:
+        notes = (*notes, f"{len(ignored)} safetensors files outside the index are ignored: {_some(ignored)}")
+    ordered = sorted(tensors.values(), key=lambda tensor: natural_key(tensor.name))
+    return ordered, tuple(files), notes
+
+
+def check_index(
+    weight_map: Mapping[str, str], tensors: Mapping[str, StoredTensor], folder: Path
+) -> tuple[str, ...]:
+    """Refuse an index that names tensors its shards do not hold; note tensors it forgets."""
+    lies = [
+        (name, shard, _place(tensors.get(name)))
+        for name, shard in weight_map.items()
+        if (found := tensors.get(name)) is None or found.file is None or found.file.name != shard
+    ]
+    if lies:
+        raise CheckpointError(
+            f"{folder / INDEX} is wrong about {len(lies)} tensors, first {lies[0][0]}: it says {lies[0][1]}, "
+            f"but it is in {lies[0][2]}",
+            hint="fetch the index and the shards again",
+            table=Table(("tensor", "index says", "found in"), tuple(lies)),
+        )
+    extra = [name for name in tensors if name not in weight_map]
+    return (f"{len(extra)} tensors are in no index entry (kept): {_some(extra)}",) if extra else ()
+
+
+def _place(tensor: StoredTensor | None) -> str:
+    return tensor.file.name if tensor and tensor.file else "no shard"
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
+
+
+def side_files(folder: Path) -> dict[str, Path]:
+    """Everything that travels with the weights: tokenizer, template, generation config, remote code."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        relative = path.relative_to(folder)
+        hidden = any(piece.startswith(".") for piece in relative.parts)
+        nested_weights = len(relative.parts) > 1 and relative.parts[0] in ("original", "metal", "onnx")
+        if hidden or nested_weights or not path.is_file() or _LEFT_BEHIND.search(relative.name):
+            continue
+        found[relative.as_posix()] = path
+    return found
+
+
+def group(
+    stored: Iterable[StoredTensor], config: Mapping[str, Any], architecture: Architecture, label: str
+) -> list[StoredRef]:
+    """Logical refs in natural order from stored tensors in natural order."""
+    tensors = {tensor.name: tensor for tensor in stored}
+    quantization = config.get("quantization_config") or {}
+    refs: list[StoredRef] = []
+    fused: dict[str, list[Part]] = {}
+    faults: list[tuple[str, str]] = []
+    for name, tensor in tensors.items():
+        if name.endswith(SCALE_SUFFIX) and name.removesuffix(SCALE_SUFFIX) in tensors:
+            continue
+        split = architecture.split(name, tensor.shape) if architecture.fused else None
+        if split is not None:
+            for logical, key, view in split:
+                fused.setdefault(logical, []).append(Part(key, tensor, view))
+            continue
+        scale = tensors.get(name + SCALE_SUFFIX)
+        if name.endswith(SCALE_SUFFIX):
+            faults.append((name, "a scale without its weight"))
+        elif tensor.dtype == "F8_E4M3" and scale is None and quantization.get("quant_method") == "fp8":
+            faults.append((name, f"an FP8 weight without {name}{SCALE_SUFFIX}"))
+        else:
+            codec, parts, fault = _unfused(tensor, scale, quantization)
+            if fault:
+                faults.append((name, fault))
+            refs.append(StoredRef(name, tensor.shape, architecture.info(name), codec, parts, label))
+    if faults:
+        raise CheckpointError(
+            f"{label}: {len(faults)} tensors cannot be understood, first {faults[0][0]}: {faults[0][1]}",
+            hint="the checkpoint is incomplete; fetch it again",
+            table=Table(("tensor", "problem"), tuple(faults)),
+        )
+    refs.extend(_fused_ref(name, parts, architecture, label) for name, parts in fused.items())
+    if fused:
+        refs.sort(key=lambda ref: natural_key(ref.name))
+    return refs
+
+
+def _unfused(
+    tensor: StoredTensor, scale: StoredTensor | None, quantization: Mapping[str, Any]
+) -> tuple[Codec, tuple[Part, ...], str]:
+    weight = Part("weight", tensor, None)
+    if scale is None:
+        return _plain_codec(tensor.dtype, quantization), (weight,), ""
+    parts = (weight, Part("scale", scale, None))
+    block = quantization.get("weight_block_size") or [BLOCK, BLOCK]
+    if tensor.dtype != "F8_E4M3" or len(tensor.shape) != 2 or list(block) != [BLOCK, BLOCK]:
+        return Opaque(f"{tensor.dtype} with {list(block)} scales"), parts, ""
+    if scale.dtype not in ("F32", "F8_E8M0"):
+        return Opaque(f"FP8 with {scale.dtype} scales"), parts, ""
+    if scale.shape != scale_shape(tensor.shape):
+        want = list(scale_shape(tensor.shape))
+        return Opaque("FP8"), parts, f"scales of shape {list(scale.shape)}, {want} expected"
+    ue8m0 = quantization.get("scale_fmt") == "ue8m0" or scale.dtype == "F8_E8M0"
+    return Fp8Block(scale.dtype, ue8m0), parts, ""
+
+
+def _plain_codec(dtype: str, quantization: Mapping[str, Any]) -> Codec:
+    if dtype in ITEMSIZE:
+        return Plain(dtype)
+    method = quantization.get("quant_method")
+    return Opaque(f"{dtype} ({method})" if method else dtype)
+
+
+def _fused_ref(name: str, parts: list[Part], architecture: Architecture, label: str) -> StoredRef:
+    first = parts[0]
+    if first.view is None:
+        raise CheckpointError(f"{name} of {label} is fused without a view")
+    shape = first.view.shape(first.stored.shape)
+    codec: Codec
+    if len(parts) == 1:
+        codec = _plain_codec(first.stored.dtype, {})
+        parts = [Part("weight", first.stored, first.view)]
+    else:
+        codec = Opaque("MXFP4" if {part.key for part in parts} == {"blocks", "scales"} else "fused parts")
+        shape = (shape[0], prod(shape[1:]))
+    return StoredRef(name, shape, architecture.info(name), codec, tuple(parts), label)

@@ -1,0 +1,136 @@
+"""One shard being written: bytes at any offset, from any thread, hashed in file order.
+
+A follower thread reads back what is complete from the start of the file (it is still in the page
+cache), so hashing overlaps with the writing, keeps no copy, and does not care in which order the
+jobs finish. Once all bytes are there the file is synced and renamed to its final name.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+from threading import Condition, Thread
+from typing import TYPE_CHECKING, Any
+
+from surgery.errors import PlanError, SurgeryError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+READ_BACK = 4 << 20
+"""Bytes hashed at a time."""
+
+Finished = Callable[[str | None], None]
+"""Called from the follower thread with the file's SHA-256 (None without hashing)."""
+
+
+class ShardWriter:
+    """Writes `path` by way of `path.tmp`; `join` waits for it and raises what went wrong."""
+
+    def __init__(self, path: Path, header: bytes, nbytes: int, *, hashed: bool, finished: Finished) -> None:
+        self._path = path
+        self._temporary = path.with_name(path.name + ".tmp")
+        self._nbytes = nbytes
+        self._digest = hashlib.sha256() if hashed else None
+        self._finished = finished
+        self._ready = Condition()
+        self._complete = 0
+        self._islands: dict[int, int] = {}
+        self._stopped = False
+        self._error: BaseException | None = None
+        self._file = os.open(self._temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
+        self._follower = Thread(target=self._follow, name=f"finish {path.name}", daemon=True)
+        try:
+            self._write_all(0, memoryview(header))
+        except BaseException:
+            os.close(self._file)
+            raise
+        self._mark(0, len(header))
+        self._follower.start()
+
+    def write(self, offset: int, data: np.ndarray[Any, Any]) -> None:
+        """Store bytes at `offset` of the file."""
+        if not data.nbytes:
+            return
+        view = data.data.cast("B")
+        self._write_all(offset, view)
+        self._mark(offset, len(view))
+
+    def _write_all(self, offset: int, view: memoryview) -> None:
+        done = 0
+        try:
+            while done < len(view):
+                done += os.pwrite(self._file, view[done:], offset + done)
+        except OSError as error:
+            raise disk_error(error, self._temporary) from error
+
+    def _mark(self, offset: int, length: int) -> None:
+        with self._ready:
+            self._islands[offset] = offset + length
+            while (end := self._islands.pop(self._complete, None)) is not None:
+                self._complete = end
+            self._ready.notify_all()
+
+    def stop(self) -> None:
+        """Give up: the follower ends and the unfinished file stays for the next run to replace."""
+        with self._ready:
+            self._stopped = True
+            self._ready.notify_all()
+
+    def join(self) -> None:
+        self._follower.join()
+        if self._error:
+            raise self._error
+
+    def _follow(self) -> None:
+        try:
+            if self._all_hashed():
+                os.fsync(self._file)
+                os.rename(self._temporary, self._path)
+                self._finished(self._digest.hexdigest() if self._digest else None)
+        except OSError as error:
+            self._error = disk_error(error, self._temporary)
+        except SurgeryError as error:
+            self._error = error
+        finally:
+            os.close(self._file)
+
+    def _all_hashed(self) -> bool:
+        """Follow the written bytes to the end; False when stopped before."""
+        hashed = 0
+        buffer = bytearray(READ_BACK)
+        while hashed < self._nbytes:
+            complete = self._wait_beyond(hashed)
+            if complete is None:
+                return False
+            while hashed < complete:
+                view = memoryview(buffer)[: min(READ_BACK, complete - hashed)]
+                if self._digest:
+                    got = os.preadv(self._file, [view], hashed)
+                    self._digest.update(view[:got])
+                    hashed += got
+                else:
+                    hashed = complete
+        return True
+
+    def _wait_beyond(self, offset: int) -> int | None:
+        """How far the file is complete, once that is beyond `offset`; None when stopped."""
+        with self._ready:
+            self._ready.wait_for(lambda: self._stopped or self._complete > offset)
+            return None if self._stopped else self._complete
+
+
+def disk_error(error: OSError, path: Path) -> SurgeryError:
+    """A full disk or a failing one, in words; what is finished stays and the run resumes."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return PlanError(
+            f"the disk is full: writing {path} failed",
+            hint="free some space and run the same command again: finished shards are kept",
+        )
+    return SurgeryError(
+        f"writing {path} failed: {error.strerror}",
+        hint="mend the disk or its permissions and run the same command again: finished shards are kept",
+    )
