@@ -1,0 +1,1 @@
+"""Merging: several checkpoints of one architecture become one."""

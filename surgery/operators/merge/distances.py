@@ -1,0 +1,106 @@
+"""How far parents are apart: the normalised Frobenius distances that merges report and gate on.
+
+    rms       ‖A − B‖_F / √(number of elements)
+    relative  ‖A − B‖_F / ‖A‖_F                      (A is the base)
+
+Tensors that a merge decodes anyway are measured whole. Those that it copies are measured on a stated
+sample of rows, read with NumPy alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from math import sqrt
+from typing import TYPE_CHECKING, Any
+
+from surgery.codecs.peek import peek
+from surgery.stream.checkpoint import StoredRef, Sums, TensorRef
+
+if TYPE_CHECKING:
+    import torch
+
+SAMPLED_TENSORS = 4
+"""Tensors of a layer and role that a sample looks into."""
+SAMPLED_ROWS, SAMPLED_COLUMNS = 128, 1024
+
+
+def squares(base: torch.Tensor, others: Sequence[torch.Tensor]) -> Sums:
+    """‖base‖² and ‖base − other‖² of every other, of one tile, summed in float64."""
+    return (_square_sum(base), *(_square_sum(base - other) for other in others))
+
+
+def _square_sum(values: torch.Tensor) -> float:
+    import torch
+
+    flat = values.reshape(-1)
+    return float((flat * flat).sum(dtype=torch.float64))
+
+
+def distances(sums: Sums, numel: int, labels: Sequence[str]) -> dict[str, dict[str, float]]:
+    """By parent label, from summed `squares`."""
+    norm, *differences = sums
+    return {
+        label: {
+            "rms": sqrt(difference / numel) if numel else 0.0,
+            "relative": sqrt(difference / norm) if norm else (1.0 if difference else 0.0),
+        }
+        for label, difference in zip(labels, differences, strict=True)
+    }
+
+
+@dataclass(frozen=True)
+class SampledDistance:
+    """Distance of one parent from the base over the tensors of one layer and role."""
+
+    parent: str
+    layer: int | None
+    role: str
+    mtp: bool
+    pairs: tuple[tuple[StoredRef, StoredRef], ...]
+
+    def measure(self) -> dict[str, Any]:
+        """One row; `weights` of `of_weights` were read."""
+        difference = norm = 0.0
+        count = 0
+        for base, other in self.pairs[:: max(1, len(self.pairs) // SAMPLED_TENSORS)][:SAMPLED_TENSORS]:
+            start = base.rows // 2 // SAMPLED_ROWS * SAMPLED_ROWS
+            stop = min(start + SAMPLED_ROWS, base.rows)
+            left, right = _look(base, start, stop), _look(other, start, stop)
+            if left is None or right is None:
+                continue
+            gap = left.astype("float64") - right
+            difference += float((gap * gap).sum())
+            norm += float((left.astype("float64") ** 2).sum())
+            count += left.size
+        found = distances((norm, difference), count, (self.parent,))[self.parent]
+        return {
+            "kind": "parent distance",
+            "parent": self.parent,
+            "layer": self.layer,
+            "role": self.role,
+            "mtp": self.mtp,
+            "tensors": len(self.pairs),
+            "weights": count,
+            "of_weights": sum(base.numel for base, _ in self.pairs),
+            **(found if count else {"rms": None, "relative": None}),
+        }
+
+
+def _look(ref: StoredRef, start: int, stop: int) -> Any:
+    if ref.is_view:
+        start, stop = 0, ref.rows
+    raw = {part.key: ref.raw(part, start, stop) for part in ref.parts}
+    return peek(ref.codec, stop - start, raw, SAMPLED_COLUMNS)
+
+
+def sample_distances(
+    pairs: Iterable[tuple[TensorRef, TensorRef]], parent: str
+) -> tuple[SampledDistance, ...]:
+    """Probes over (base, other) pairs of stored tensors of equal shape, by layer and role."""
+    groups: dict[tuple[int | None, str, bool], list[tuple[StoredRef, StoredRef]]] = {}
+    for base, other in pairs:
+        if isinstance(base, StoredRef) and isinstance(other, StoredRef) and base.codec.decodable:
+            key = (base.info.layer, base.info.role, base.info.mtp)
+            groups.setdefault(key, []).append((base, other))
+    return tuple(SampledDistance(parent, *key, tuple(found)) for key, found in groups.items())
