@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from surgery.stream.checkpoint import Checkpoint
-from surgery.stream.survey import format_bytes
+from surgery.stream.units import format_bytes
 
 
 def relation(checkpoint: Checkpoint) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
-from threading import Lock
+from threading import Lock, local
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from surgery.codecs.codec import Codec, matrix_shape
@@ -53,12 +53,33 @@ class Event:
         return {"kind": self.kind, "message": self.message, "tensors": list(self.tensors)}
 
 
+class ThreadBuffers(local):
+    """What each thread keeps: one reused buffer, since fresh memory for every copy would cost more than
+    the copy, and whole stored tensors that were read ahead, by file and offset."""
+
+    def __init__(self) -> None:
+        self._bytes: np.ndarray[Any, Any] | None = None
+        self.ahead: dict[tuple[int, int], np.ndarray[Any, Any]] = {}
+
+    def take(self, nbytes: int) -> np.ndarray[Any, Any]:
+        """uint8 [nbytes], valid until this thread asks again."""
+        import numpy as np
+
+        if self._bytes is None or self._bytes.size < nbytes:
+            self._bytes = np.empty(nbytes, np.uint8)
+        return self._bytes[:nbytes]
+
+
 @dataclass
 class ReadContext:
     """How a pull behaves: whether NaN and infinity pass, and where tile sums go."""
 
     allow_nonfinite: bool = True
     record: Callable[[ComputedRef, int, Sums], None] | None = None
+    buffers: ThreadBuffers = field(default_factory=ThreadBuffers)
+    batch: Lock = field(default_factory=Lock)
+    """Held by the one thread that computes a batch of small tensors: two would only pass the
+    interpreter's lock to and fro."""
 
 
 class TensorRef:
@@ -111,7 +132,8 @@ class TensorRef:
 
     def tiles(self) -> Iterator[tuple[int, int]]:
         """Row ranges that cover the tensor, in order."""
-        step, rows = self.tile_rows(), self.rows
+        rows = self.rows
+        step = self.tile_rows() if rows > 128 else 128
         for start in range(0, rows, step):
             yield start, min(start + step, rows)
 
@@ -161,7 +183,9 @@ class StoredRef(TensorRef):
         super().__init__(name, shape, info, codec, parts)
         self.origin = origin
 
-    def raw(self, part: Part, start: int, stop: int) -> np.ndarray[Any, Any]:
+    def raw(
+        self, part: Part, start: int, stop: int, context: ReadContext | None = None
+    ) -> np.ndarray[Any, Any]:
         """The stored bytes (uint8) of one part that belong to rows start..stop."""
         import numpy as np
 
@@ -169,6 +193,9 @@ class StoredRef(TensorRef):
         if stored.file is None:
             raise CheckpointError(f"{stored.name} lies in no file")
         if part.view is None:
+            ahead = context.buffers.ahead.get((id(stored.file), stored.offset)) if context else None
+            if ahead is not None and stop - start == self.rows:
+                return ahead
             first, last = self._span(part, start, stop)
             buffer = np.empty(last - first, np.uint8)
             stored.file.read_into(buffer, stored.offset + first)
@@ -186,7 +213,7 @@ class StoredRef(TensorRef):
         return self.codec.spans(self.shape, start, stop)[part.key]
 
     def pull(self, start: int, stop: int, context: ReadContext) -> torch.Tensor:
-        raw = {part.key: self.raw(part, start, stop) for part in self.parts}
+        raw = {part.key: self.raw(part, start, stop, context) for part in self.parts}
         self.check_finite(raw, context)
         return self.codec.decode(self.shape, start, stop, raw)
 

@@ -88,6 +88,7 @@ class Execution:
     _stop: Event = field(default_factory=Event)
     _errors: list[BaseException] = field(default_factory=list)
     _lock: Lock = field(default_factory=Lock)
+    _counting: Lock = field(default_factory=Lock)
     _open: list[ShardWriter] = field(default_factory=list)
 
     def run(self, shards: Sequence[Shard]) -> None:
@@ -147,8 +148,9 @@ class Execution:
         return write
 
     def _advance(self, nbytes: int) -> None:
-        self.done_bytes += nbytes
-        self.progress("write", self.done_bytes, self.total_bytes)
+        with self._counting:
+            self.done_bytes += nbytes
+            self.progress("write", self.done_bytes, self.total_bytes)
 
     def _fail(self, error: BaseException) -> None:
         self._errors.append(error)

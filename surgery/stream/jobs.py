@@ -9,19 +9,20 @@ A job reads, computes and writes by itself, so jobs in flight on several threads
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from typing import TYPE_CHECKING, Any, Protocol
 
 from surgery.codecs.codec import matrix_shape
 from surgery.stream.checkpoint import ComputedRef, Part, ReadContext, StoredRef, TensorRef, nonfinite
+from surgery.stream.files import StoredTensor
 from surgery.stream.targets import Shard, Target
 
 if TYPE_CHECKING:
     import numpy as np
 
-CHUNK = 8 << 20
+CHUNK = 4 << 20
 """Bytes that a copy reads at a time."""
 SMALL = 1 << 18
 """Weights up to which computed tensors share a job."""
@@ -62,12 +63,10 @@ class CopyJob:
         return self.nbytes
 
     def run(self, write: Write, context: ReadContext) -> None:
-        import numpy as np
-
         file = self.part.stored.file
         if file is None:
             raise TypeError(f"{self.part.stored.name} lies in no file")
-        buffer = np.empty(self.nbytes, np.uint8)
+        buffer = context.buffers.take(self.nbytes)
         file.read_into(buffer, self.source)
         if not context.allow_nonfinite:
             for piece in self.pieces:
@@ -92,7 +91,7 @@ class Rows:
         choice = ref.decision(context).copy
         donor = ref.inputs[choice] if choice is not None else None
         if isinstance(donor, StoredRef) and same_bytes(donor, ref):
-            raw = {part.key: donor.raw(part, self.start, self.stop) for part in donor.parts}
+            raw = {part.key: donor.raw(part, self.start, self.stop, context) for part in donor.parts}
             donor.check_finite(raw, context)
         else:
             raw = ref.codec.encode(ref.pull(self.start, self.stop, context))
@@ -117,8 +116,63 @@ class TileJob:
         return max(tile_bytes(rows.ref, rows.stop - rows.start) for rows in self.tiles)
 
     def run(self, write: Write, context: ReadContext) -> None:
-        for rows in self.tiles:
-            rows.run(write, context)
+        if len(self.tiles) == 1:
+            self.tiles[0].run(write, context)
+            return
+        context.buffers.ahead = read_ahead(self.tiles)
+        gathered: list[tuple[int, np.ndarray[Any, Any]]] = []
+        try:
+            with context.batch:
+                for rows in self.tiles:
+                    rows.run(lambda offset, data: gathered.append((offset, data)), context)
+        finally:
+            context.buffers.ahead = {}
+        write_together(gathered, write)
+
+
+def read_ahead(tiles: Sequence[Rows]) -> dict[tuple[int, int], np.ndarray[Any, Any]]:
+    """The stored bytes of small tensors' inputs by file and offset, neighbours read at once."""
+    import numpy as np
+
+    wanted = {
+        (id(part.stored.file), part.stored.offset): part.stored
+        for rows in tiles
+        for ref in rows.ref.sources()
+        for part in ref.parts
+        if part.view is None and part.stored.file is not None
+    }
+    found: dict[tuple[int, int], np.ndarray[Any, Any]] = {}
+    run: list[StoredTensor] = []
+
+    def read_run() -> None:
+        if run and run[0].file is not None:
+            buffer = np.empty(sum(stored.nbytes for stored in run), np.uint8)
+            run[0].file.read_into(buffer, run[0].offset)
+            for stored in run:
+                begin = stored.offset - run[0].offset
+                found[id(stored.file), stored.offset] = buffer[begin : begin + stored.nbytes]
+        run.clear()
+
+    for _, stored in sorted(wanted.items()):
+        if run and (stored.file is not run[-1].file or stored.offset != run[-1].offset + run[-1].nbytes):
+            read_run()
+        run.append(stored)
+    read_run()
+    return found
+
+
+def write_together(gathered: list[tuple[int, np.ndarray[Any, Any]]], write: Write) -> None:
+    """Write pieces, neighbours at once."""
+    import numpy as np
+
+    gathered.sort(key=lambda piece: piece[0])
+    begin = 0
+    for index in range(1, len(gathered) + 1):
+        end = gathered[index - 1][0] + gathered[index - 1][1].nbytes
+        if index == len(gathered) or gathered[index][0] != end:
+            pieces = [data for _, data in gathered[begin:index]]
+            write(gathered[begin][0], pieces[0] if len(pieces) == 1 else np.concatenate(pieces))
+            begin = index
 
 
 @dataclass(slots=True)

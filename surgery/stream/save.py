@@ -26,6 +26,7 @@ from surgery.stream.journal import LOCK, Journal
 from surgery.stream.journal import NAME as JOURNAL
 from surgery.stream.manifest import NAME as MANIFEST
 from surgery.stream.manifest import build_manifest, tool_versions
+from surgery.stream.source import collector_paused
 from surgery.stream.survey import Survey, check_disk, check_memory, survey
 from surgery.stream.targets import Shard
 from surgery.stream.writer import disk_error
@@ -79,8 +80,9 @@ class SaveResult:
 def save(checkpoint: Checkpoint, folder: Path, options: SaveOptions) -> SaveResult:
     """Write `checkpoint` to `folder`. Raises PlanError before anything is written where it cannot
     work, StrictError under `strict` where there are events."""
-    checkpoint = apply_format(checkpoint, options.format)
-    plan = survey(checkpoint, options.shard_bytes)
+    with collector_paused():
+        checkpoint = apply_format(checkpoint, options.format)
+        plan = survey(checkpoint, options.shard_bytes)
     work = work_folder(folder)
     check_output(folder, options.overwrite)
     check_readable(checkpoint)

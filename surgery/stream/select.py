@@ -47,7 +47,7 @@ def matcher(entry: str) -> Matcher:
 def pattern_matcher(pattern: str) -> Matcher:
     try:
         compiled = re.compile(pattern)
-    except re.error as error:
+    except (re.error, OverflowError) as error:
         raise ValueError(f"`{pattern}` is no regular expression: {error}") from error
     return lambda ref: compiled.search(ref.name) is not None
 

@@ -12,18 +12,9 @@ from surgery.errors import PlanError
 from surgery.stream.checkpoint import Checkpoint, ComputedRef, StoredRef, TensorRef
 from surgery.stream.jobs import CHUNK, tile_bytes
 from surgery.stream.targets import Shard, pack, plan_targets
+from surgery.stream.units import format_bytes
 
 LEAST_MEMORY = 256 << 20
-
-
-def format_bytes(count: int) -> str:
-    """Decimal units, three significant digits: 688 GB, 4.19 MB, 96 B."""
-    value = float(count)
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if value < 999.5 or unit == "TB":
-            return f"{count} B" if unit == "B" else f"{value:.3g} {unit}"
-        value /= 1000
-    return f"{count} B"
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    field_validator,
+    model_validator,
+)
 
 from surgery.errors import CheckpointError, RecipeError, Table
 from surgery.operators.merge.compatible import check_parents, config_events, join_inputs
@@ -97,7 +105,7 @@ class Assembly:
 
     def decide(self, inputs: Sequence[TensorRef], context: ReadContext) -> Decision:
         if self.threshold == 0:
-            if _equal_bytes(inputs):
+            if _equal_bytes(inputs, context):
                 return Decision(0, "parents are equal", self.metrics((0.0,) * len(inputs), inputs[0].numel))
             return Decision()
         totals = [0.0] * len(inputs)
@@ -125,18 +133,32 @@ class Assembly:
         return {"op": AssemblyOfExperts.op, "weights": list(self.weights), "threshold": self.threshold}
 
 
-def _equal_bytes(inputs: Sequence[TensorRef]) -> bool:
+def _equal_bytes(inputs: Sequence[TensorRef], context: ReadContext) -> bool:
     """Whether stored inputs are the same byte for byte; stops at the first tile that differs."""
+    import numpy as np
+
     base = inputs[0]
     if not all(isinstance(ref, StoredRef) and ref.same_form(base) for ref in inputs):
         return False
     stored = [ref for ref in inputs if isinstance(ref, StoredRef)]
     for start, stop in base.tiles():
         for place in range(len(base.parts)):
-            first, *rest = (ref.raw(ref.parts[place], start, stop).tobytes() for ref in stored)
-            if any(other != first for other in rest):
+            first, *rest = (ref.raw(ref.parts[place], start, stop, context) for ref in stored)
+            if not all(np.array_equal(other, first) for other in rest):
                 return False
     return True
+
+
+def check_pattern(text: str) -> str:
+    """`text` if it is a regular expression (`re:` in front is fine); ValueError otherwise."""
+    pattern_matcher(text.removeprefix("re:"))
+    return text
+
+
+def check_layers(value: Any) -> str:
+    """A layer range as text; a single layer may be a number."""
+    layers_matcher(str(value))
+    return str(value)
 
 
 class Rule(BaseModel):
@@ -144,28 +166,11 @@ class Rule(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    role: str | None = None
-    match: str | None = None
-    layers: str | None = None
+    role: Annotated[str, AfterValidator(check_entry)] | None = None
+    match: Annotated[str, AfterValidator(check_pattern)] | None = None
+    layers: Annotated[str, BeforeValidator(check_layers, json_schema_input_type=str | int)] | None = None
     weights: dict[str, Weight | Anchors] | None = None
     threshold: float | None = Field(default=None, ge=0.0)
-
-    @field_validator("role")
-    @classmethod
-    def _known_role(cls, value: str) -> str:
-        return check_entry(value)
-
-    @field_validator("match")
-    @classmethod
-    def _valid_pattern(cls, value: str) -> str:
-        pattern_matcher(value.removeprefix("re:"))
-        return value
-
-    @field_validator("layers", mode="before")
-    @classmethod
-    def _valid_layers(cls, value: Any) -> str:
-        layers_matcher(str(value))
-        return str(value)
 
     @field_validator("weights")
     @classmethod
@@ -189,6 +194,9 @@ def check_anchors(weights: dict[str, Weight | Anchors]) -> dict[str, Weight | An
     return weights
 
 
+Entry = Annotated[str, AfterValidator(check_entry)]
+
+
 class AssemblyOfExperts(Operator):
     """Params of `merge.aoe`. `weights` are per parent: a number, or {layer: weight} anchors."""
 
@@ -197,11 +205,11 @@ class AssemblyOfExperts(Operator):
 
     base: str
     weights: dict[str, Weight | Anchors]
-    select: tuple[str | Rule, ...] = ("all",)
+    select: tuple[Entry | Rule, ...] = ("all",)
     threshold: float = Field(default=0.0, ge=0.0)
     norm: Norm = "rms"
 
-    @field_validator("select", mode="before")
+    @field_validator("select", mode="before", json_schema_input_type=Entry | Rule | tuple[Entry | Rule, ...])
     @classmethod
     def _one_or_many(cls, value: Any) -> Any:
         return (value,) if isinstance(value, str | dict) else value
@@ -211,9 +219,6 @@ class AssemblyOfExperts(Operator):
     def _valid_entries(cls, value: tuple[str | Rule, ...]) -> tuple[str | Rule, ...]:
         if not value:
             raise ValueError("`select` is empty; write `all` or leave it out")
-        for entry in value:
-            if isinstance(entry, str):
-                check_entry(entry)
         return value
 
     @field_validator("weights")

@@ -1,0 +1,187 @@
+"""`surgery run`, `surgery plan`, `surgery validate`."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from surgery.cli.options import Json, Memory, Out, Quiet, Recipe, Set, Threads, memory_bytes
+from surgery.cli.render import Output
+from surgery.errors import InterruptedRun
+
+DEFAULT_MEMORY = "1GiB"
+
+
+def register(app: typer.Typer) -> None:
+    app.command()(run)
+    app.command()(plan)
+    app.command()(validate)
+
+
+def run(
+    recipe: Recipe,
+    out: Out,
+    set_: Set = None,
+    memory: Memory = DEFAULT_MEMORY,
+    threads: Threads = None,
+    no_hash: Annotated[bool, typer.Option("--no-hash", help="Do not hash files while writing.")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Restart instead of resuming.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a finished output.")] = False,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Treat every note as an error (exit code 7).")
+    ] = False,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Build a recipe's model. The same command resumes after a stop."""
+    from surgery.recipe.load import load_recipe
+    from surgery.recipe.run import run_recipe
+    from surgery.stream.save import SaveOptions, cores
+
+    output = Output(json=json, quiet=quiet or json)
+    loaded = load_recipe(recipe, set_ or ())
+    with output.progress() as tell:
+        options = SaveOptions(
+            hash=not no_hash, memory_bytes=memory_bytes(memory), threads=threads or cores(),
+            overwrite=overwrite, fresh=fresh, strict=strict, progress=tell,
+        )  # fmt: skip
+        try:
+            result = run_recipe(loaded, out, options)
+        except InterruptedRun as error:
+            command = shlex.join(["surgery", *sys.argv[1:]])
+            raise InterruptedRun(
+                error.message, hint=f"finished shards are kept; resume with: {command}"
+            ) from None
+    show_result(output, result.folder, result.manifest)
+
+
+def show_result(output: Output, folder: Path, manifest: Any) -> None:
+    """What was written, where every tensor came from, and how far the parents are apart."""
+    from surgery.report.by_role import distance_rows
+    from surgery.stream.units import format_bytes
+
+    if output.json:
+        keys = ("schema", "output", "coverage", "dropped", "events", "inputs", "run")
+        kept = {key: manifest[key] for key in keys}
+        output.document({"folder": str(folder), **kept, "distances": distance_rows(manifest)})
+        return
+    output.events(manifest["events"])
+    coverage_table(output, "Where the tensors come from", manifest["coverage"])
+    output.table(
+        "Distance of the parents from the base",
+        ("parent", "role", "rms", "relative", "measured"),
+        [
+            (row["parent"], row["role"], _figure(row["rms"]), _range(row["relative"]), row["measured"])
+            for row in distance_rows(manifest)
+        ],
+        right=(2, 3),
+    )
+    ran = manifest["run"]
+    output.say(
+        f"{folder}: {manifest['output']['tensors']} tensors, {format_bytes(manifest['output']['bytes'])}, "
+        f"{ran['seconds']:.1f} s, peak memory {format_bytes(ran['peak_rss_bytes'])}"
+    )
+    output.next(f"surgery verify {shlex.quote(str(folder))}")
+
+
+def coverage_table(output: Output, title: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Tensors by role and by what happens to them."""
+    from surgery.stream.units import format_bytes
+
+    cells = []
+    for row in rows:
+        role = row["role"] + (" (MTP)" if row["mtp"] else "")
+        cells.append((role, row["action"], row["tensors"], format_bytes(row["bytes"])))
+    output.table(title, ("role", "origin", "tensors", "bytes"), cells, right=(2, 3))
+
+
+def _figure(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3g}"
+
+
+def _range(ends: list[float] | None) -> str:
+    if ends is None:
+        return "–"
+    low, high = (f"{end:.2g}" for end in ends)
+    return low if low == high else f"{low} … {high}"
+
+
+def plan(
+    recipe: Recipe,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", metavar="FOLDER", help="Refuse what `run` would.")
+    ] = None,
+    set_: Set = None,
+    memory: Memory = DEFAULT_MEMORY,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Say what a recipe reads, writes and needs, from headers alone."""
+    from surgery.recipe.load import load_recipe
+    from surgery.recipe.run import plan_recipe
+
+    output = Output(json=json, quiet=quiet or json)
+    found = plan_recipe(load_recipe(recipe, set_ or ()), out, memory_bytes(memory)).as_dict()
+    if output.json:
+        output.document(found)
+        return
+    _show_plan(output, found)
+
+
+def _show_plan(output: Output, found: dict[str, Any]) -> None:
+    from surgery.stream.units import format_bytes as size
+
+    output.events(found["events"])
+    output.table(
+        "Parents",
+        ("name", "model", "shards", "size", "to read"),
+        [
+            (
+                parent["name"],
+                parent["model"] + ("" if parent["local"] else " (headers only)"),
+                parent["files"],
+                size(parent["bytes"]),
+                size(parent["bytes_read"]),
+            )
+            for parent in found["parents"]
+        ],
+        right=(2, 3, 4),
+    )
+    coverage_table(output, "Tensors", found["coverage"])
+    made, disk, memory, mtp = found["output"], found["disk"], found["memory"], found["mtp"]
+    if mtp["tensors"]:
+        output.say(f"MTP layer   {mtp['tensors']} tensors, {size(mtp['bytes'])}, in the table above")
+    output.say(
+        f"output      {made['tensors']} tensors, {size(made['bytes'])} in {made['shards']} shards, "
+        f"format {made['format']}"
+    )
+    verdict = f"{size(disk['shortage'])} too little" if disk["shortage"] else "enough"
+    output.say(
+        f"disk        {size(disk['needed'])} needed, {size(disk['free'])} free in {disk['folder']}: {verdict}"
+    )
+    output.say(
+        f"memory      {size(memory['budget'])} budget for buffers, largest job {size(memory['largest_job'])}"
+    )
+    for number, each in enumerate(found["passes"], 1):
+        read = sum(each["bytes_read"].values())
+        output.say(
+            f"pass {number}      {' → '.join(each['steps'])}: reads {size(read)}, "
+            f"writes {size(each['bytes_written'])}"
+        )
+
+
+def validate(recipe: Recipe, set_: Set = None, json: Json = False) -> None:
+    """Check a recipe's form: keys, values, names. Opens no model."""
+    from surgery.recipe.load import load_recipe
+
+    output = Output(json=json)
+    loaded = load_recipe(recipe, set_ or ())
+    if json:
+        output.document({"schema": 1, "valid": True, "recipe": loaded.recipe.resolved()})
+    else:
+        output.say(f"{loaded.filename} is valid")

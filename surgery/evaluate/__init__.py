@@ -1,0 +1,1 @@
+"""Evaluation of checkpoints loaded through the stream."""

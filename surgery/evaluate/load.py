@@ -1,0 +1,192 @@
+"""A transformers model from a Checkpoint: through the stream, without a decoded copy on disk.
+
+Any stored form that the stream decodes loads on any device, FP8 blocks on a CPU included: transformers gets
+decoded tensors under the names they have on disk, and its own conversion (experts of a layer into one tensor,
+tied embeddings, renamings) does the rest. Lazy checkpoints load as well: what an operator would write is
+computed on the way.
+
+Every tensor must find its place: a missing, unexpected or misshapen one is an error. What transformers does
+not use, the layers for multi-token prediction above all, is reported. Memory: the weights in the compute dtype,
+for mixtures of experts up to twice that while transformers stacks the experts.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from surgery.errors import CheckpointError, Table, UsageError
+from surgery.evaluate.state import Progress, decode_state, left_out, shape_state
+from surgery.evaluate.tokenizer import side_folder
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+    from surgery.stream.checkpoint import Checkpoint
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model ready to run, on `device` in `dtype`; `left_out` names the tensors it does not use."""
+
+    label: str
+    model: PreTrainedModel
+    device: torch.device
+    dtype: torch.dtype
+    left_out: tuple[str, ...]
+
+    @property
+    def parameters(self) -> int:
+        """Weights that the model computes with; tied ones count once."""
+        return int(self.model.num_parameters())
+
+
+def load_model(
+    checkpoint: Checkpoint,
+    *,
+    device: str = "cpu",
+    dtype: str | None = None,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+    stage: str = "load",
+) -> LoadedModel:
+    """Build the causal language model of a checkpoint and fill it.
+
+    `device` is a torch device, or "auto" for a GPU where there is one; `dtype` defaults to float32 on a CPU and
+    to bfloat16 elsewhere. What transformers keeps in float32 (router biases) stays so. Code that comes with the
+    checkpoint runs only under `trust_remote_code`. Raises CheckpointError where checkpoint and architecture do
+    not fit each other, naming the tensors.
+    """
+    place, compute = placement(device, dtype)
+    with side_folder(checkpoint) as folder, quiet_transformers():
+        skeleton = _skeleton(checkpoint, folder, trust_remote_code)
+        state = decode_state(checkpoint, compute, progress, stage)
+        model, info = _fill(skeleton, state, dtype=compute)
+    _check_complete(checkpoint, info)
+    unused = left_out(checkpoint) + _declared_superfluous(model, state)
+    return LoadedModel(checkpoint.label, model.to(place).eval(), place, compute, unused)
+
+
+def unplaced_keys(
+    checkpoint: Checkpoint, *, trust_remote_code: bool = False
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """What a load would miss, and what it would find no place for, from names and shapes alone.
+
+    The first are parameters of transformers' model, the second tensors of the checkpoint (with both shapes
+    where these differ). Raises CheckpointError where transformers cannot build the model or a stored form
+    cannot be decoded.
+    """
+    import torch
+
+    with side_folder(checkpoint) as folder, quiet_transformers():
+        skeleton = _skeleton(checkpoint, folder, trust_remote_code)
+        _, info = _fill(skeleton, shape_state(checkpoint), dtype=torch.float32, device_map={"": "meta"})
+    misshapen = [_mismatch(each) for each in info["mismatched_keys"]]
+    return tuple(sorted(info["missing_keys"])), tuple(sorted([*info["unexpected_keys"], *misshapen]))
+
+
+def placement(device: str, dtype: str | None) -> tuple[torch.device, torch.dtype]:
+    """Where and in what to compute; UsageError for what torch or this machine does not have."""
+    import torch
+
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        place = torch.device(device)
+    except RuntimeError as error:
+        raise UsageError(f"no such device: {device}", hint="use cpu, cuda or auto") from error
+    if place.type == "cuda" and not torch.cuda.is_available():
+        raise UsageError("this machine has no GPU that torch can use", hint="use the device cpu")
+    name = dtype or ("float32" if place.type == "cpu" else "bfloat16")
+    if name not in DTYPES:
+        raise UsageError(f"no such compute dtype: {name}", hint=f"use one of {', '.join(DTYPES)}")
+    return place, cast("torch.dtype", getattr(torch, name))
+
+
+def _skeleton(checkpoint: Checkpoint, folder: Path, trust_remote_code: bool) -> PreTrainedModel:
+    """The model on the meta device, for its class: AutoModel itself takes no state dict without a path."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        with torch.device("meta"):
+            return cast(
+                "PreTrainedModel",
+                AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code),
+            )
+    except (OSError, ValueError, KeyError, TypeError, ImportError, AttributeError) as error:
+        needs_code = "auto_map" in checkpoint.config and not trust_remote_code
+        raise CheckpointError(
+            f"transformers cannot build {checkpoint.label} (model_type "
+            f"{checkpoint.config.get('model_type')!r}): {error}",
+            hint="it may need the code that comes with it; read that code, then allow remote code"
+            if needs_code
+            else "check config.json, or use a version of transformers that knows this architecture",
+        ) from error
+
+
+def _fill(
+    skeleton: PreTrainedModel, state: dict[str, torch.Tensor], **options: Any
+) -> tuple[PreTrainedModel, Mapping[str, Any]]:
+    """The skeleton's model with these tensors, and transformers' account of the loading."""
+    filled: Any = type(skeleton).from_pretrained(
+        None,
+        config=skeleton.config,
+        state_dict=state,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # to have them all in the account instead of an exception
+        **options,
+    )
+    return filled
+
+
+def _check_complete(checkpoint: Checkpoint, info: Mapping[str, Any]) -> None:
+    faults = [(str(name), "missing") for name in sorted(info["missing_keys"])]
+    faults += [(str(name), "unexpected") for name in sorted(info["unexpected_keys"])]
+    faults += [(_mismatch(each), "another shape") for each in info["mismatched_keys"]]
+    faults += [(str(message), "not converted") for message in info["error_msgs"]]
+    if faults:
+        raise CheckpointError(
+            f"{checkpoint.label} does not fit transformers' {checkpoint.config.get('model_type')}: "
+            f"{len(faults)} tensors, first {faults[0][0]} ({faults[0][1]})",
+            hint="config.json and weights must be of one model: surgery inspect shows both",
+            table=Table(("tensor", "problem"), tuple(faults)),
+        )
+
+
+def _mismatch(entry: tuple[Any, ...]) -> str:
+    name, found, wanted = entry
+    return f"{name} ({list(found)} in the checkpoint, {list(wanted)} in the model)"
+
+
+def _declared_superfluous(model: PreTrainedModel, state: Mapping[str, Any]) -> tuple[str, ...]:
+    """Tensors that the model's class declares superfluous (old buffers, say), so that they are not loaded."""
+    patterns = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+    known = model.state_dict().keys()
+    return tuple(
+        name for name in state if name not in known and any(re.search(each, name) for each in patterns)
+    )
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Without transformers' own progress bar and warnings: what they would say is returned or raised."""
+    from transformers.utils import logging
+
+    verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bar:
+            logging.enable_progress_bar()

@@ -1,0 +1,116 @@
+"""The state dict of a checkpoint: tensors under their names on disk, decoded, in the compute dtype.
+
+Logical tensors that the stream took out of a fused one go back to where they were, so that the names are those
+that transformers converts from. MTP layers are left out: transformers does not run them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from math import prod
+from typing import TYPE_CHECKING, Any, cast
+
+from surgery.errors import CheckpointError, Table
+
+if TYPE_CHECKING:
+    import torch
+
+    from surgery.stream.checkpoint import Checkpoint, TensorRef
+    from surgery.stream.layouts import View
+
+Progress = Callable[[str, int, int], None]
+"""Called with what is going on, how many are done, and how many there are."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a logical tensor goes: the whole tensor `name`, or `view` of it."""
+
+    name: str
+    shape: tuple[int, ...]
+    view: View | None
+    ref: TensorRef
+
+
+def left_out(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """Names of the tensors that have no place in a state dict: those of MTP layers."""
+    return tuple(name for name, ref in checkpoint.tensors.items() if ref.info.mtp)
+
+
+def places(checkpoint: Checkpoint) -> Iterator[Place]:
+    """One place for every tensor that is not left out. Raises CheckpointError for stored forms that cannot
+    be decoded, and where a fused tensor lacks some of its experts."""
+    wanted = {name: ref for name, ref in checkpoint.tensors.items() if not ref.info.mtp}
+    opaque = [(name, ref.codec.name) for name, ref in wanted.items() if not ref.codec.decodable]
+    if opaque:
+        raise CheckpointError(
+            f"{checkpoint.label} cannot be loaded: {len(opaque)} tensors are stored as {opaque[0][1]}, "
+            f"first {opaque[0][0]}",
+            hint="use a version of it in bf16, fp16, fp32 or FP8 blocks",
+            table=Table(("tensor", "stored as"), tuple(opaque)),
+        )
+    filled: dict[str, int] = {}
+    fused = {name: ref for name, ref in wanted.items() if ref.is_view}
+    for ref in fused.values():
+        stored = ref.parts[0].stored.name
+        filled[stored] = filled.get(stored, 0) + ref.numel
+    for name, ref in wanted.items():
+        if name not in fused:
+            yield Place(name, ref.shape, None, ref)
+            continue
+        part = ref.parts[0]
+        if filled[part.stored.name] != prod(part.stored.shape):
+            raise CheckpointError(
+                f"{checkpoint.label} holds {filled[part.stored.name]} of the {prod(part.stored.shape)} weights "
+                f"of {part.stored.name}",
+                hint="experts of this layer are gone, but not from the tensor that is to hold them",
+            )
+        yield Place(part.stored.name, part.stored.shape, part.view, ref)
+
+
+def shape_state(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
+    """The state dict on the meta device: names and shapes, nothing read."""
+    import torch
+
+    return {place.name: torch.empty(place.shape, device="meta") for place in places(checkpoint)}
+
+
+def decode_state(
+    checkpoint: Checkpoint, dtype: torch.dtype, progress: Progress | None = None, stage: str = "load"
+) -> dict[str, torch.Tensor]:
+    """The state dict in `dtype`.
+
+    Tensors stored in float32 stay in it, so that transformers can keep those that it wants so (router biases).
+    """
+    import torch
+
+    found = list(places(checkpoint))
+    state: dict[str, torch.Tensor] = {}
+    for done, place in enumerate(found, start=1):
+        form = torch.float32 if place.ref.codec.name == "f32" else dtype
+        if place.view is None:
+            state[place.name] = decode(place.ref, form)
+        else:
+            if place.name not in state:
+                state[place.name] = torch.empty(place.shape, dtype=form)
+            # A view slices and transposes a torch tensor exactly as it does a numpy array.
+            slab = cast("Any", state[place.name][place.view.index])
+            inside = cast("torch.Tensor", place.view.of(slab))
+            inside.copy_(place.ref.read().view(inside.shape))
+        if progress:
+            progress(stage, done, len(found))
+    return state
+
+
+def decode(ref: TensorRef, dtype: torch.dtype) -> torch.Tensor:
+    """The whole tensor in `dtype`, read tile by tile so that no float32 copy of it is needed."""
+    import torch
+
+    whole = torch.empty(ref.shape, dtype=dtype)
+    if ref.numel:
+        rows = whole.view(ref.rows, -1)
+        for start, stop in ref.tiles():
+            rows[start:stop] = ref.read(slice(start, stop)).view(stop - start, -1)
+    return whole
+

@@ -1,0 +1,136 @@
+"""The tokenizer of a checkpoint, with the rules that decide which ids a model gets to see.
+
+Where a sequence begins is the trap: a model trained with a start token in front of everything loses most of
+its accuracy without it, and tokenizer files do not always add it (a chat template may leave it to the
+tokenizer, which then has no rule for it). So the start token is put in front of every prompt and document that
+does not have it already if
+
+- the settings say so, else
+- tokenizer_config.json says so (`add_bos_token`), else
+- config.json names the tokenizer's start token as its `bos_token_id`,
+
+and the result says whether it was.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from surgery.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from surgery.stream.checkpoint import Checkpoint
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """A transformers tokenizer and the ids around a text: `start` before it, any of `ends` after it."""
+
+    plain: PreTrainedTokenizerBase
+    start: tuple[int, ...]
+    ends: frozenset[int]
+
+    @property
+    def pad(self) -> int:
+        """An id to fill short rows with; it is masked, so any will do."""
+        return self.plain.pad_token_id if isinstance(self.plain.pad_token_id, int) else 0
+
+    def prompt(self, text: str) -> list[int]:
+        """Ids of one user turn through the chat template, up to where the reply begins; without a template,
+        of the text itself."""
+        if not self.plain.chat_template:
+            return self._started(self.plain.encode(text))
+        turn = [{"role": "user", "content": text}]
+        rendered = self.plain.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
+        return self._started(self.plain.encode(str(rendered), add_special_tokens=False))
+
+    def document(self, text: str, *, ended: bool) -> list[int]:
+        """Ids of a text of its own: start token, text and, where it is `ended`, end token."""
+        ids = self._started(self.plain.encode(text, add_special_tokens=False))
+        last = self.plain.eos_token_id
+        return [*ids, last] if ended and isinstance(last, int) else ids
+
+    def reply(self, ids: Sequence[int]) -> str:
+        """The text of generated ids without the end token. Tags that are special tokens stay visible."""
+        shown = ids[:-1] if ids and ids[-1] in self.ends else ids
+        return str(self.plain.decode(list(shown), skip_special_tokens=False))
+
+    def _started(self, ids: list[int]) -> list[int]:
+        return ids if tuple(ids[: len(self.start)]) == self.start else [*self.start, *ids]
+
+
+@contextmanager
+def side_folder(checkpoint: Checkpoint) -> Iterator[Path]:
+    """A temporary folder with links to the side files, and the config without its quantization.
+
+    transformers finds configs, tokenizers and remote code by folder, but the side files of a checkpoint may
+    lie in several places and its config may be of an operator's making.
+    """
+    config = unquantized(checkpoint.config)
+    with tempfile.TemporaryDirectory(prefix="surgery-eval-") as name:
+        folder = Path(name)
+        for relative, path in checkpoint.side_files.items():
+            target = folder / relative
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if relative != "config.json":
+                target.symlink_to(path.resolve())
+        (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+        yield folder
+
+
+def unquantized(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config as it is for decoded weights."""
+    return {key: value for key, value in config.items() if key != "quantization_config"}
+
+
+def load_tokenizer(
+    checkpoint: Checkpoint, *, add_bos: bool | None = None, trust_remote_code: bool = False
+) -> Tokenizer:
+    """The checkpoint's own tokenizer; `add_bos` overrules the rule in the module's docstring.
+
+    Raises CheckpointError where there is none that loads.
+    """
+    from transformers import AutoTokenizer
+
+    with side_folder(checkpoint) as folder:
+        try:
+            plain = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        except (OSError, ValueError, KeyError, ImportError) as error:
+            raise CheckpointError(
+                f"the tokenizer of {checkpoint.label} does not load: {error}",
+                hint="put its tokenizer files beside the weights"
+                + ("" if trust_remote_code else "; if they need code of their own, allow remote code"),
+            ) from error
+    bos = plain.bos_token_id
+    explicit = plain.init_kwargs.get("add_bos_token")
+    if add_bos is None:
+        add_bos = explicit if isinstance(explicit, bool) else bos in _named_ids(checkpoint, "bos_token_id")
+    ends = {*_named_ids(checkpoint, "eos_token_id"), *_ids(plain.eos_token_id)}
+    return Tokenizer(plain, (bos,) if add_bos and isinstance(bos, int) else (), frozenset(ends))
+
+
+def _named_ids(checkpoint: Checkpoint, key: str) -> set[int]:
+    """What config.json and generation_config.json say of a special token: an id or a list of them."""
+    config = checkpoint.config
+    found = {*_ids(config.get(key)), *_ids((config.get("text_config") or {}).get(key))}
+    path = checkpoint.side_files.get("generation_config.json")
+    if key == "eos_token_id" and path is not None:
+        try:
+            found.update(_ids(json.loads(path.read_bytes()).get(key)))
+        except (OSError, ValueError, AttributeError) as error:
+            raise CheckpointError(f"cannot read {path}: {error}", hint="fetch this file again") from error
+    return found
+
+
+def _ids(value: Any) -> Iterable[int]:
+    if isinstance(value, int):
+        return (value,)
+    return tuple(each for each in value if isinstance(each, int)) if isinstance(value, list) else ()

@@ -1,0 +1,1 @@
+"""Recipes: the schema, the loader, the table of operators, planning and running."""

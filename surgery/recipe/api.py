@@ -1,0 +1,127 @@
+"""The Python API: everything the command line does, as functions.
+
+Operators are functions on checkpoints, grouped by family and named as in recipes:
+
+    child = surgery.merge.aoe(
+        {"base": base, "reasoner": reasoner},
+        base="base", weights={"reasoner": 1.0}, select=["routed_expert"],
+    )
+    child.save("child")
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from surgery.errors import UsageError
+from surgery.recipe.load import LoadedRecipe, load_recipe, recipe_from_dict
+from surgery.recipe.run import Plan, plan_recipe, run_recipe
+from surgery.recipe.schema import Recipe
+from surgery.recipe.table import OPERATORS, operator_class
+from surgery.report.diff import Diff, diff_checkpoints
+from surgery.report.inspect import Inspection, inspect_checkpoint
+from surgery.stream.checkpoint import Checkpoint
+from surgery.stream.save import SaveOptions, SaveResult
+from surgery.stream.source import open_checkpoint
+
+RecipeLike = str | Path | Mapping[str, Any]
+"""A file, the name of a shipped recipe, or the recipe as plain data."""
+
+
+def open(model: str | Path, name: str | None = None) -> Checkpoint:
+    """A lazy checkpoint of a folder or hub id; see `surgery.stream.source.open_checkpoint`."""
+    return open_checkpoint(model, name)
+
+
+def _load(recipe: RecipeLike, overrides: Sequence[str]) -> LoadedRecipe:
+    if isinstance(recipe, Mapping):
+        return recipe_from_dict(recipe, overrides)
+    return load_recipe(recipe, overrides)
+
+
+def validate(recipe: RecipeLike, overrides: Sequence[str] = ()) -> Recipe:
+    """The checked recipe; RecipeError with file, line and column otherwise."""
+    return _load(recipe, overrides).recipe
+
+
+def plan(
+    recipe: RecipeLike,
+    out: str | Path | None = None,
+    *,
+    overrides: Sequence[str] = (),
+    memory_bytes: int = SaveOptions.memory_bytes,
+) -> Plan:
+    """What a run would read, write and need, from headers alone."""
+    return plan_recipe(_load(recipe, overrides), Path(out) if out is not None else None, memory_bytes)
+
+
+def run(recipe: RecipeLike, out: str | Path, *, overrides: Sequence[str] = (), **options: Any) -> SaveResult:
+    """Build a recipe's model in `out`; options are those of `surgery.stream.save.SaveOptions`."""
+    return run_recipe(_load(recipe, overrides), Path(out), replace(SaveOptions(), **options))
+
+
+def inspect(model: str | Path | Checkpoint) -> Inspection:
+    """Tensors by role and stored form, and what is odd about the model."""
+    return inspect_checkpoint(model if isinstance(model, Checkpoint) else open_checkpoint(model))
+
+
+def diff(a: str | Path | Checkpoint, b: str | Path | Checkpoint, threads: int = 2) -> Diff:
+    """Distance, cosine and equal bytes of two models."""
+    first, second = (each if isinstance(each, Checkpoint) else open_checkpoint(each) for each in (a, b))
+    return diff_checkpoints(first, second, threads)
+
+
+class Family:
+    """The operators of one family as functions: `merge.aoe(checkpoints, **params)`."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __dir__(self) -> list[str]:
+        return [op.partition(".")[2] for op in OPERATORS if op.startswith(self._name + ".")]
+
+    def __getattr__(self, method: str) -> Any:
+        op = f"{self._name}.{method}"
+        if op not in OPERATORS:
+            raise AttributeError(f"no operator {op}; known: {', '.join(OPERATORS)}")
+
+        def apply(checkpoints: Mapping[str, Checkpoint] | Checkpoint, **params: Any) -> Checkpoint:
+            return apply_operator(op, checkpoints, params)
+
+        apply.__name__ = apply.__qualname__ = op
+        apply.__doc__ = operator_class(op).__doc__
+        return apply
+
+
+def apply_operator(
+    op: str, checkpoints: Mapping[str, Checkpoint] | Checkpoint, params: Mapping[str, Any]
+) -> Checkpoint:
+    """The lazy result of an operator. Checkpoints go by the names that the params use."""
+    try:
+        operator = operator_class(op).model_validate(dict(params))
+    except ValidationError as error:
+        raise UsageError(f"{op}: {_first(error)}", hint=f"see help(surgery.{op})") from error
+    given = {"input": checkpoints} if isinstance(checkpoints, Checkpoint) else dict(checkpoints)
+    missing = [name for name in operator.input_names() if name not in given]
+    if missing:
+        raise UsageError(f"{op} needs a checkpoint called {missing[0]}", hint=f"given: {', '.join(given)}")
+    labels = [checkpoint.label for checkpoint in given.values()]
+    if len(set(labels)) != len(labels):
+        raise UsageError(
+            "two checkpoints have one label", hint="open them with different names: open(path, name)"
+        )
+    return operator.apply(given)
+
+
+def _first(error: ValidationError) -> str:
+    found = error.errors()[0]
+    place = ".".join(str(piece) for piece in found["loc"])
+    return f"{place}: {found['msg']}" if place else str(found["msg"])
+
+
+merge = Family("merge")

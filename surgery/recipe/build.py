@@ -1,0 +1,111 @@
+"""From a recipe to a lazy checkpoint: open the parents, apply the steps, choose the tokenizer.
+
+Reads headers and small files only. What cannot work is refused here, with the place in the recipe.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from surgery.errors import RecipeError
+from surgery.recipe.schema import Recipe
+from surgery.stream.checkpoint import Checkpoint, Event
+from surgery.stream.source import open_checkpoint
+
+_TOKENIZER_STEMS = (
+    "tokenizer", "tokenization_", "special_tokens_map", "added_tokens", "vocab", "merges.txt", "spiece",
+    "chat_template", "additional_chat_templates/", "generation_config",
+)  # fmt: skip
+
+
+def build(recipe: Recipe, folder: Path | None = None) -> Checkpoint:
+    """The recipe's result, unread. Raises RecipeError (located by path) and CheckpointError.
+
+    `folder` is the recipe's own: a relative parent is looked up there if it is not in the current one.
+    """
+    known = open_parents(recipe, folder)
+    parents = dict(known)
+    result = next(iter(known.values()))
+    for index, step in enumerate(recipe.steps):
+        inputs = {name: known[name] for name in step.operator.input_names()}
+        try:
+            result = step.operator.apply(inputs)
+        except RecipeError as error:
+            error.path = ("steps", index, *error.path)
+            raise
+        if step.name:
+            known[step.name] = result
+    donor = recipe.output.tokenizer_from
+    if donor is not None:
+        result = result.replace(side_files=with_tokenizer(result.side_files, known[donor].side_files))
+    return result.replace(events=(*result.events, *tokenizer_events(parents)))
+
+
+def open_parents(recipe: Recipe, folder: Path | None) -> dict[str, Checkpoint]:
+    """Every parent, by its name in the recipe."""
+    found = {}
+    for name, model in recipe.parents.items():
+        beside = folder / model if folder and not Path(model).expanduser().exists() else None
+        found[name] = open_checkpoint(beside if beside and beside.is_dir() else model, name)
+    return found
+
+
+def is_tokenizer_file(name: str) -> bool:
+    """Tokenizer, chat template or generation config."""
+    return name.startswith(_TOKENIZER_STEMS) or name.endswith(".tiktoken")
+
+
+def with_tokenizer(files: Mapping[str, Path], donor: Mapping[str, Path]) -> dict[str, Path]:
+    """Side files with the donor's tokenizer, chat template and generation config."""
+    kept = {name: path for name, path in files.items() if not is_tokenizer_file(name)}
+    return kept | {name: path for name, path in donor.items() if is_tokenizer_file(name)}
+
+
+def tokenizer_events(parents: Mapping[str, Checkpoint]) -> tuple[Event, ...]:
+    """An event for each kind of tokenizer file in which parents differ."""
+    events = []
+    for what, find in (
+        ("tokenizer", _vocabulary), ("chat template", _template), ("generation config", _generation),
+    ):  # fmt: skip
+        found = {name: find(parent.side_files) for name, parent in parents.items()}
+        if len(set(found.values())) > 1:
+            kinds: dict[str | None, list[str]] = {}
+            for name, value in found.items():
+                kinds.setdefault(value, []).append(name)
+            told = " / ".join(", ".join(names) for names in kinds.values())
+            events.append(Event("tokenizer", f"the parents differ in their {what}: {told}"))
+    return tuple(events)
+
+
+def _vocabulary(files: Mapping[str, Path]) -> str | None:
+    for name in ("tokenizer.json", "tokenizer.model"):
+        if name in files:
+            return sha256(files[name].read_bytes()).hexdigest()
+    return None
+
+
+def _template(files: Mapping[str, Path]) -> str | None:
+    if "chat_template.jinja" in files:
+        return files["chat_template.jinja"].read_text()
+    template = _json(files, "tokenizer_config.json").get("chat_template")
+    return None if template is None else json.dumps(template, sort_keys=True)
+
+
+def _generation(files: Mapping[str, Path]) -> str | None:
+    config = _json(files, "generation_config.json")
+    config.pop("transformers_version", None)
+    return json.dumps(config, sort_keys=True) if config else None
+
+
+def _json(files: Mapping[str, Path], name: str) -> dict[str, Any]:
+    if name not in files:
+        return {}
+    try:
+        value = json.loads(files[name].read_bytes())
+    except ValueError:
+        return {}
+    return value if isinstance(value, dict) else {}

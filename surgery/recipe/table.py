@@ -1,0 +1,32 @@
+"""The table of operators: recipe name -> import path. This is the only registration there is.
+
+Third parties need no entry: a step may name its class as `op: package.module:Class`.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+from surgery.errors import UsageError
+from surgery.operators.protocol import Operator
+
+OPERATORS: dict[str, str] = {
+    "merge.aoe": "surgery.operators.merge.aoe:AssemblyOfExperts",
+}
+
+
+def operator_class(op: str) -> type[Operator]:
+    """The class behind a name of the table or a `package.module:Class` path; UsageError for neither."""
+    path = OPERATORS.get(op, op)
+    module, _, name = path.partition(":")
+    if not name:
+        raise UsageError(
+            f"unknown operator {op}", hint=f"known: {', '.join(OPERATORS)}, or package.module:Class"
+        )
+    try:
+        found = getattr(import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise UsageError(f"operator {op} cannot be imported: {error}") from error
+    if not (isinstance(found, type) and issubclass(found, Operator)):
+        raise UsageError(f"{op} is no operator: it must derive from surgery.operators.protocol.Operator")
+    return found

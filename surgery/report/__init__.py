@@ -1,0 +1,1 @@
+"""Reports for people: the HTML page and the figures in it."""

@@ -1,0 +1,19 @@
+"""Parents that many tests read and none may write: three DeepSeek-V3-shaped folders near each other."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import factories
+import pytest
+
+
+@pytest.fixture(scope="session")
+def parents(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """FP8, a dense first layer, an MTP layer, ragged edges, some scales and weights in different shards."""
+    folder = tmp_path_factory.mktemp("parents")
+    return {
+        "base": factories.deepseek_v3(folder / "base", 1),
+        "reasoner": factories.deepseek_v3(folder / "reasoner", 2, base=1, delta=0.3),
+        "third": factories.deepseek_v3(folder / "third", 3, base=1, delta=0.6),
+    }
