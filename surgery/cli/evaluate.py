@@ -61,4 +61,57 @@ def evaluate(
 
 
 def show_evaluation(output: Output, found: dict[str, Any]) -> None:
-    """The table of an evaluation."""
+    """One row per model; figures with the ends of their 95 % intervals."""
+    for note in found["notes"]:
+        output.note(note)
+    replied = [model for model in found["models"] if model["tasks"]]
+    if replied:
+        tag = replied[0]["tasks"]["tag"]
+        columns = ("model", "problems", "accuracy", "reply tokens", f"with {tag}", "cut off")
+        rows = [_reply_row(model["name"], model["tasks"]) for model in replied]
+        output.table("Replies (95 % intervals)", columns, rows, right=(1, 2, 3, 4, 5))
+        tasks = list(replied[0]["tasks"]["by_task"])
+        if len(tasks) > 1:
+            shares = [_task_row(model["name"], model["tasks"], tasks) for model in replied]
+            output.table("Accuracy by task", ("model", *tasks), shares, right=range(1, len(tasks) + 1))
+    read = [model for model in found["models"] if model["perplexity"]]
+    if read:
+        kl = f"KL from {found['parent']}" if found["parent"] else "KL"
+        title = f"Text in windows of {found['settings']['context']} tokens"
+        output.table(
+            title,
+            ("model", "tokens", "perplexity", kl, "same top token"),
+            [_text_row(model) for model in read],
+            right=(1, 2, 3, 4),
+        )
+
+
+def _reply_row(name: str, score: dict[str, Any]) -> tuple[object, ...]:
+    return (
+        name,
+        score["problems"],
+        interval(score["accuracy"], "{:.2f}"),
+        interval(score["reply_tokens"], "{:.0f}"),
+        interval(score["tagged"], "{:.2f}"),
+        score["cut_off"]["count"],
+    )
+
+
+def _task_row(name: str, score: dict[str, Any], tasks: list[str]) -> tuple[object, ...]:
+    found = (score["by_task"].get(task) for task in tasks)
+    return (name, *(f"{share['value']:.2f}" if share else "–" for share in found))
+
+
+def _text_row(model: dict[str, Any]) -> tuple[object, ...]:
+    text, gap = model["perplexity"], model["divergence"]
+    kl = interval(gap["kl"], "{:.4f}") if gap else "–"
+    agreement = f"{gap['agreement']['value']:.3f}" if gap else "–"
+    return (model["name"], text["tokens"], interval(text, "{:.3f}"), kl, agreement)
+
+
+def interval(figure: dict[str, Any], form: str) -> str:
+    """A figure with its interval, where it has one."""
+    value = form.format(figure["value"])
+    if figure["low"] is None or figure["high"] is None:
+        return value
+    return f"{value} ({form.format(figure['low'])}–{form.format(figure['high'])})"

@@ -20,7 +20,7 @@ Set = Annotated[
 ]
 Out = Annotated[Path, typer.Option("--out", "-o", metavar="FOLDER", help="The output folder.")]
 Memory = Annotated[
-    str, typer.Option("--memory", metavar="SIZE", help="Budget of the buffers in flight, at least 256MiB.")
+    str, typer.Option("--memory", metavar="SIZE", help="Budget of the buffers in flight, at least 256MB.")
 ]
 Threads = Annotated[int | None, typer.Option("--threads", min=1, help="Worker threads (default: all cores).")]
 

@@ -22,8 +22,16 @@ _MARKS = {
     "skipped": "[yellow]–[/yellow]",
     "noted": "[yellow]![/yellow]",
 }
+WIDE = 160
+"""Columns of output that no terminal shows."""
 LONGEST_TABLE = 20
 """Rows of an error's table shown to people; JSON has all."""
+
+
+def console(*, stderr: bool) -> Console:
+    """A console as wide as the terminal; a file or a pipe gets room for every table."""
+    found = Console(stderr=stderr, highlight=False)
+    return found if found.is_terminal else Console(stderr=stderr, highlight=False, width=WIDE)
 
 
 @dataclass
@@ -33,8 +41,8 @@ class Output:
     json: bool = False
     quiet: bool = False
     debug: bool = False
-    out: Console = field(default_factory=lambda: Console(highlight=False))
-    err: Console = field(default_factory=lambda: Console(stderr=True, highlight=False))
+    out: Console = field(default_factory=lambda: console(stderr=False))
+    err: Console = field(default_factory=lambda: console(stderr=True))
 
     def document(self, value: Mapping[str, Any]) -> None:
         """The one JSON document of a --json run."""

@@ -1,12 +1,13 @@
 """95 % confidence intervals for the figures in an evaluation table.
 
-Shares (right answers, replies with a tag) get Wilson's score interval, which stays inside [0, 1] and keeps its
-coverage for few trials and for shares near 0 and 1:
+Shares (right answers, replies with a tag) get Wilson's score interval, which stays inside [0, 1] and keeps
+its coverage for few trials and for shares near 0 and 1:
 
     (p + z²/2n ± z √(p(1-p)/n + z²/4n²)) / (1 + z²/n)                           (Wilson 1927)
 
-Means get Student's t. The mean of a quantity over tokens that come in windows is a ratio of sums, m = Σs / Σn,
-and windows rather than tokens are the independent observations, so its standard error is taken over windows:
+Means get Student's t. The mean of a quantity over tokens that come in windows is a ratio of sums,
+m = Σs / Σn, and windows rather than tokens are the independent observations, so its standard error is taken
+over windows:
 
     se² = W/(W-1) · Σ (sᵢ - m nᵢ)² / (Σn)²                                      (Cochran 1977, ch. 6)
 
@@ -56,7 +57,7 @@ class Mean:
 
     @classmethod
     def of(cls, sums: Sequence[float], sizes: Sequence[int] | None = None) -> Mean:
-        """Σ sums / Σ sizes. Without sizes every observation counts once. Raises ValueError for none at all."""
+        """Σ sums / Σ sizes. Without sizes every observation counts once. Raises ValueError for none."""
         weights = sizes if sizes is not None else [1] * len(sums)
         total = sum(weights)
         if total <= 0 or len(weights) != len(sums):

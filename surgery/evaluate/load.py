@@ -6,8 +6,8 @@ tied embeddings, renamings) does the rest. Lazy checkpoints load as well: what a
 computed on the way.
 
 Every tensor must find its place: a missing, unexpected or misshapen one is an error. What transformers does
-not use, the layers for multi-token prediction above all, is reported. Memory: the weights in the compute dtype,
-for mixtures of experts up to twice that while transformers stacks the experts.
+not use, the layers for multi-token prediction above all, is reported. Memory: the weights in the compute
+dtype, for mixtures of experts up to twice that while transformers stacks the experts.
 """
 
 from __future__ import annotations
@@ -59,10 +59,10 @@ def load_model(
 ) -> LoadedModel:
     """Build the causal language model of a checkpoint and fill it.
 
-    `device` is a torch device, or "auto" for a GPU where there is one; `dtype` defaults to float32 on a CPU and
-    to bfloat16 elsewhere. What transformers keeps in float32 (router biases) stays so. Code that comes with the
-    checkpoint runs only under `trust_remote_code`. Raises CheckpointError where checkpoint and architecture do
-    not fit each other, naming the tensors.
+    `device` is a torch device, or "auto" for a GPU where there is one; `dtype` defaults to float32 on a CPU
+    and to bfloat16 elsewhere. What transformers keeps in float32 (router biases) stays so. Code that comes
+    with the checkpoint runs only under `trust_remote_code`. Raises CheckpointError where checkpoint and
+    architecture do not fit each other, naming the tensors.
     """
     place, compute = placement(device, dtype)
     with side_folder(checkpoint) as folder, quiet_transformers():
@@ -71,7 +71,8 @@ def load_model(
         model, info = _fill(skeleton, state, dtype=compute)
     _check_complete(checkpoint, info)
     unused = left_out(checkpoint) + _declared_superfluous(model, state)
-    return LoadedModel(checkpoint.label, model.to(place).eval(), place, compute, unused)
+    cast("torch.nn.Module", model).to(place).eval()
+    return LoadedModel(checkpoint.label, model, place, compute, unused)
 
 
 def unplaced_keys(
@@ -145,7 +146,7 @@ def _fill(
         ignore_mismatched_sizes=True,  # to have them all in the account instead of an exception
         **options,
     )
-    return filled
+    return cast("tuple[PreTrainedModel, Mapping[str, Any]]", filled)
 
 
 def _check_complete(checkpoint: Checkpoint, info: Mapping[str, Any]) -> None:

@@ -1,7 +1,7 @@
 """The state dict of a checkpoint: tensors under their names on disk, decoded, in the compute dtype.
 
-Logical tensors that the stream took out of a fused one go back to where they were, so that the names are those
-that transformers converts from. MTP layers are left out: transformers does not run them.
+Logical tensors that the stream took out of a fused one go back to where they were, so that the names are
+those that transformers converts from. MTP layers are left out: transformers does not run them.
 """
 
 from __future__ import annotations
@@ -62,8 +62,8 @@ def places(checkpoint: Checkpoint) -> Iterator[Place]:
         part = ref.parts[0]
         if filled[part.stored.name] != prod(part.stored.shape):
             raise CheckpointError(
-                f"{checkpoint.label} holds {filled[part.stored.name]} of the {prod(part.stored.shape)} weights "
-                f"of {part.stored.name}",
+                f"{checkpoint.label} holds {filled[part.stored.name]} of the {prod(part.stored.shape)} "
+                f"weights of {part.stored.name}",
                 hint="experts of this layer are gone, but not from the tensor that is to hold them",
             )
         yield Place(part.stored.name, part.stored.shape, part.view, ref)
@@ -81,7 +81,8 @@ def decode_state(
 ) -> dict[str, torch.Tensor]:
     """The state dict in `dtype`.
 
-    Tensors stored in float32 stay in it, so that transformers can keep those that it wants so (router biases).
+    Tensors stored in float32 stay in it, so that transformers can keep those that it wants so (router
+    biases).
     """
     import torch
 
@@ -113,4 +114,3 @@ def decode(ref: TensorRef, dtype: torch.dtype) -> torch.Tensor:
         for start, stop in ref.tiles():
             rows[start:stop] = ref.read(slice(start, stop)).view(stop - start, -1)
     return whole
-

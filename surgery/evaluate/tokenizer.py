@@ -2,14 +2,19 @@
 
 Where a sequence begins is the trap: a model trained with a start token in front of everything loses most of
 its accuracy without it, and tokenizer files do not always add it (a chat template may leave it to the
-tokenizer, which then has no rule for it). So the start token is put in front of every prompt and document that
-does not have it already if
+tokenizer, which then has no rule for it). So the start token is put in front of every prompt and document
+that does not have it already if
 
 - the settings say so, else
 - tokenizer_config.json says so (`add_bos_token`), else
 - config.json names the tokenizer's start token as its `bos_token_id`,
 
 and the result says whether it was.
+
+The second trap: transformers' AutoTokenizer goes by config.json's model_type, and the class that it takes may
+bring splitting rules of its own (5.17: Qwen2Tokenizer for any qwen2, whatever tokenizer.json says). That is
+what programs built on transformers run, so it is what is measured; `as_shipped` tells whether tokenizer.json
+agrees.
 """
 
 from __future__ import annotations
@@ -32,11 +37,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """A transformers tokenizer and the ids around a text: `start` before it, any of `ends` after it."""
+    """A transformers tokenizer and the ids around a text: `start` before it, any of `ends` after it.
+
+    `as_shipped` is False where it does not cut text as the checkpoint's tokenizer.json does.
+    """
 
     plain: PreTrainedTokenizerBase
     start: tuple[int, ...]
     ends: frozenset[int]
+    as_shipped: bool = True
 
     @property
     def pad(self) -> int:
@@ -46,22 +55,30 @@ class Tokenizer:
     def prompt(self, text: str) -> list[int]:
         """Ids of one user turn through the chat template, up to where the reply begins; without a template,
         of the text itself."""
+        from jinja2 import TemplateError
+
         if not self.plain.chat_template:
             return self._started(self.plain.encode(text))
         turn = [{"role": "user", "content": text}]
-        rendered = self.plain.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
+        try:
+            rendered = self.plain.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
+        except TemplateError as error:
+            raise CheckpointError(
+                f"the chat template refuses a single turn of a user: {error}",
+                hint="check chat_template.jinja or the chat_template of tokenizer_config.json",
+            ) from error
         return self._started(self.plain.encode(str(rendered), add_special_tokens=False))
 
     def document(self, text: str, *, ended: bool) -> list[int]:
         """Ids of a text of its own: start token, text and, where it is `ended`, end token."""
-        ids = self._started(self.plain.encode(text, add_special_tokens=False))
+        # verbose would warn of every text that is longer than the model's context; windows are not.
+        ids = self._started(self.plain.encode(text, add_special_tokens=False, verbose=False))
         last = self.plain.eos_token_id
         return [*ids, last] if ended and isinstance(last, int) else ids
 
-    def reply(self, ids: Sequence[int]) -> str:
-        """The text of generated ids without the end token. Tags that are special tokens stay visible."""
-        shown = ids[:-1] if ids and ids[-1] in self.ends else ids
-        return str(self.plain.decode(list(shown), skip_special_tokens=False))
+    def text(self, ids: Sequence[int]) -> str:
+        """The text of generated ids. Tags that are special tokens stay visible."""
+        return str(self.plain.decode(list(ids), skip_special_tokens=False))
 
     def _started(self, ids: list[int]) -> list[int]:
         return ids if tuple(ids[: len(self.start)]) == self.start else [*self.start, *ids]
@@ -114,7 +131,20 @@ def load_tokenizer(
     if add_bos is None:
         add_bos = explicit if isinstance(explicit, bool) else bos in _named_ids(checkpoint, "bos_token_id")
     ends = {*_named_ids(checkpoint, "eos_token_id"), *_ids(plain.eos_token_id)}
-    return Tokenizer(plain, (bos,) if add_bos and isinstance(bos, int) else (), frozenset(ends))
+    start = (bos,) if add_bos and isinstance(bos, int) else ()
+    return Tokenizer(plain, start, frozenset(ends), _cuts_as_shipped(checkpoint, plain))
+
+
+def _cuts_as_shipped(checkpoint: Checkpoint, plain: PreTrainedTokenizerBase) -> bool:
+    """Whether a text with digits, line breaks, indents, marks and accents gets the ids of tokenizer.json."""
+    from tokenizers import Tokenizer as TokenizerFile
+
+    path = checkpoint.side_files.get("tokenizer.json")
+    if path is None:
+        return True
+    probe = "Sum 1234567.89:\n\n  if x == 10:\n\treturn 'naïve' ;  done !!\n\nDon't — 東京 ,\nend. \n x"
+    shipped = TokenizerFile.from_file(str(path)).encode(probe, add_special_tokens=False).ids
+    return bool(plain.encode(probe, add_special_tokens=False) == shipped)
 
 
 def _named_ids(checkpoint: Checkpoint, key: str) -> set[int]:

@@ -6,7 +6,9 @@ on everything that can be known without weights; `apply` returns a new lazy chec
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Iterable, Mapping
+from hashlib import sha256
 from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict
@@ -14,6 +16,22 @@ from pydantic import BaseModel, ConfigDict
 from surgery.stream.checkpoint import Checkpoint
 
 Kind = Literal["weight", "layer", "training", "runtime"]
+
+
+def record_step(
+    op: str, params: Mapping[str, Any], parents: Mapping[str, str], inputs: Iterable[Checkpoint]
+) -> tuple[str, tuple[Mapping[str, Any], ...]]:
+    """The label of a step's result and the history that leads to it, each step once.
+
+    `parents` are the labels of the inputs by the names that the params use. The label is made from
+    the content of the step, so that equal steps have equal labels and others do not.
+    """
+    step = {"op": op, **params, "parents": dict(parents)}
+    digest = sha256(json.dumps(step, sort_keys=True).encode()).hexdigest()
+    label = f"{op}:{digest[:12]}"
+    history = {str(past["result"]): past for each in inputs for past in each.history}
+    history[label] = {**step, "result": label}
+    return label, tuple(history.values())
 
 
 class Operator(BaseModel):

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from surgery.errors import PlanError, VerificationError
-from surgery.evaluate.run import Evaluation, evaluate
+from surgery.evaluate.run import evaluate
+from surgery.evaluate.table import Evaluation
 from surgery.recipe.load import load_recipe
 from surgery.recipe.run import REPORT, run_recipe
 from surgery.recipe.verify import Progress, Verification, verify

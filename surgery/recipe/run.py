@@ -19,6 +19,7 @@ from surgery.stream.formats import apply_format
 from surgery.stream.save import (
     SaveOptions,
     SaveResult,
+    check_apart,
     check_output,
     check_readable,
     refuse_events,
@@ -95,6 +96,7 @@ def plan_recipe(loaded: LoadedRecipe, out: Path | None = None, memory_bytes: int
         estimate = survey(checkpoint, recipe.output.shard_bytes)
     if out is not None:
         check_output(out, overwrite=False)
+        check_apart(out, checkpoint)
         check_readable(checkpoint)
         check_disk(estimate.disk_bytes, out)
         check_memory(estimate, memory_bytes)

@@ -225,7 +225,7 @@ def rebuild(manifest: Mapping[str, Any]) -> Checkpoint:
     }
     result = next(iter(made.values()))
     for step in manifest["steps"]:
-        params = {key: value for key, value in step.items() if key not in ("op", "parents")}
+        params = {key: value for key, value in step.items() if key not in ("op", "parents", "result")}
         operator = operator_class(step["op"]).model_validate(params)
         result = operator.apply({name: made[label] for name, label in step["parents"].items()})
         made[result.label] = result

@@ -12,7 +12,7 @@ from surgery.report.distances import Cell, distance_maps
 def distance_rows(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
     """One row per parent and role: the RMS distance over its layers, the range of relative distances,
     and on how much of the weights they were measured."""
-    rows = []
+    rows: list[dict[str, Any]] = []
     for each in distance_maps(manifest):
         by_role: dict[str, list[Cell]] = {}
         for (_, role, _), cell in each.cells.items():

@@ -62,28 +62,30 @@ class Panel:
     ticks: Sequence[tuple[float, str]]
 
 
-def comparison(models: Sequence[str], highlighted: int | None, panels: Sequence[Panel]) -> Markup:
-    """Panels side by side over the same models; `highlighted` is the child."""
-    left, gap, tall, first = 168.0, 34.0, 30.0, 30.0
-    wide = min((_WIDTH - left - gap * len(panels)) / max(len(panels), 1), 380.0)
+def comparison(models: Sequence[str], children: Sequence[bool], panels: Sequence[Panel]) -> Markup:
+    """Panels side by side over the same models; children stand out from their parents."""
+    left, gap, tall, first = 178.0, 74.0, 30.0, 30.0  # values are written in the gap
+    wide = min((_WIDTH - left) / max(len(panels), 1) - gap, 320.0)
     bottom = first + tall * len(models)
     drawn: list[Markup] = []
     for row, model in enumerate(models):
-        style = "ink strong" if row == highlighted else "ink"
+        style = "ink strong" if children[row] else "ink"
         drawn.append(_name(left - 14, first + tall * (row + 0.5) + 4, model, style))
     for index, panel in enumerate(panels):
         x = left + (wide + gap) * index
         drawn.append(text(x, 14, panel.title, class_="ink strong"))
-        for tick, written in panel.ticks:
+        needed = sum(7.5 * len(written) + 12 for _, written in panel.ticks[1:])
+        for number, (tick, written) in enumerate(panel.ticks):
             at = x + wide * tick / panel.top
             drawn.append(line(at, first - 4, at, bottom + 2, class_="grid"))
-            drawn.append(text(at, bottom + 17, written, "middle", class_="soft"))
+            if needed <= wide or number in (0, len(panel.ticks) - 1):
+                drawn.append(text(at, bottom + 17, written, "middle", class_="soft"))
         for row, measure in enumerate(panel.measures):
             y = first + tall * row
             if measure is None:
                 drawn.append(text(x + 6, y + tall / 2 + 4, "not measured", class_="soft"))
                 continue
-            drawn.extend(_bar(panel, measure, models[row], (x, y, wide, tall), row == highlighted))
+            drawn.extend(_bar(panel, measure, models[row], (x, y, wide, tall), children[row]))
     width = left + (wide + gap) * len(panels)
     return figure(width, bottom + 24, "models compared", *drawn, least_width=min(width, 640))
 
@@ -106,14 +108,11 @@ def _bar(
         drawn.append(line(low, middle - 4, low, middle + 4, class_="interval"))
         drawn.append(line(high, middle - 4, high, middle + 4, class_="interval"))
         end = max(end, high)
-    if end > x + wide * 0.82:
-        drawn.append(text(x + 7, middle + 4, measure.written, class_="on-bar"))
-    else:
-        drawn.append(text(end + 7, middle + 4, measure.written, class_="ink"))
+    drawn.append(text(end + 7, middle + 4, measure.written, class_="ink strong" if child else "ink"))
     return drawn
 
 
 def _name(x: float, y: float, model: str, style: str) -> Markup:
     """The end of a long name, which is what tells paths apart; the whole in the tooltip."""
-    short = model if len(model) <= 22 else "…" + model[-21:]
+    short = model if len(model) <= 20 else "…" + model[-19:]
     return element("text", short, element("title", model), x=x, y=y, text_anchor="end", class_=style)

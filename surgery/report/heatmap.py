@@ -13,7 +13,7 @@ from math import ceil, floor, log10
 from markupsafe import Markup
 
 from surgery.report.distances import Cell, DistanceMap, Place
-from surgery.report.svg import RAMP, colour, element, figure, ink_on, line, rect, text
+from surgery.report.svg import RAMP, colour, element, figure, ink_on, line, rect, round_up, text
 
 ROLE_ORDER = (
     "attention", "router", "routed_expert", "shared_expert", "dense_mlp", "norm", "embedding", "head",
@@ -67,18 +67,12 @@ class Scale:
         if self.logarithmic:
             values = [self.low]
             while values[-1] < self.high * 0.99:
-                values.append(_round_up(values[-1] * 1.01))
+                values.append(round_up(values[-1] * 1.01))
             values = values[:: 1 if len(values) <= 9 else 3]
         else:
-            step = _round_up(self.high / 4)
+            step = round_up(self.high / 4)
             values = [step * index for index in range(round(self.high / step) + 1)]
         return [(self.position(value), f"{value / 10.0**self.exponent:.3g}") for value in values]
-
-
-def _round_up(value: float) -> float:
-    """The least of 1, 2, 5 times a power of ten that is not below `value`."""
-    power = 10.0 ** floor(log10(value))
-    return next(each * power for each in (1, 2, 5, 10) if each * power >= value * (1 - 1e-9))
 
 
 def common_scale(maps: Iterable[DistanceMap]) -> Scale:
@@ -90,8 +84,8 @@ def common_scale(maps: Iterable[DistanceMap]) -> Scale:
     logarithmic = high > LOG_ABOVE * median
     exponent = 3 * floor(log10(high) / 3)
     if logarithmic:
-        return Scale(_round_up(values[0] * 0.4), _round_up(high), True, exponent)
-    step = _round_up(high / 4)
+        return Scale(round_up(values[0] * 0.4), round_up(high), True, exponent)
+    step = round_up(high / 4)
     return Scale(0.0, step * ceil(high / step - 1e-9), False, exponent)
 
 

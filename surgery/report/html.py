@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from surgery.report.comparison import Comparison, read_evaluation
+from surgery.report.comparison import read_evaluation
 from surgery.report.distances import DistanceMap, distance_maps, unplaced_distances
 from surgery.report.figures import Stack, comparison, coverage_bars
 from surgery.report.heatmap import common_scale, describe_place, heat_legend, heat_map, in_order
@@ -46,7 +46,7 @@ def render_report(manifest: Mapping[str, Any], evaluation: Mapping[str, Any] | N
         facts=_facts(manifest),
         events=manifest.get("events") or (),
         dropped=manifest.get("dropped") or {},
-        comparison=_comparison(evaluation),
+        comparison=_comparison(manifest, evaluation),
         distance=_distance(manifest),
         coverage=_coverage(manifest),
         parents=_parents(manifest),
@@ -94,12 +94,14 @@ def _seconds(seconds: float) -> str:
     return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
-def _comparison(evaluation: Mapping[str, Any] | None) -> dict[str, Any] | None:
+def _comparison(manifest: Mapping[str, Any], evaluation: Mapping[str, Any] | None) -> dict[str, Any] | None:
     if evaluation is None:
         return None
-    read: Comparison = read_evaluation(evaluation)
-    chart = comparison(read.models, read.child, read.panels) if read.panels else None
-    return {"table": read, "chart": chart}
+    found = read_evaluation(evaluation, _inputs(manifest))
+    if not found.columns:
+        return None
+    names, children = [row.name for row in found.rows], [row.is_child for row in found.rows]
+    return {"found": found, "chart": comparison(names, children, found.panels) if found.panels else None}
 
 
 def _distance(manifest: Mapping[str, Any]) -> dict[str, Any]:

@@ -67,22 +67,28 @@ def summarise(manifest: Mapping[str, Any]) -> Markup:
     found = shares(manifest.get("coverage") or (), [str(label) for label in manifest.get("inputs") or {}])
     if not found:
         return Markup("The manifest says nothing of the tensors.")
-    sentences: list[str] = [_composition(found, manifest), *_amounts(found, base_of(manifest))]
-    if all(share.copied_from is not None for share in found):
-        sentences.append("Every tensor is a copy of a parent's bytes.")
-    elif len(found) > 1:
-        sentences.append("What is not computed is copied byte for byte.")
+    sentences: list[str]
+    if len(found) == 1:
+        sentences = [_all_of(found[0], manifest)]
+    else:
+        copied = all(share.copied_from is not None for share in found)
+        how = "Every tensor is a copy of a parent's bytes." if copied else "The rest is copied byte for byte."
+        sentences = [_composition(found, manifest), _amounts(found, base_of(manifest)), how]
     dropped = len(manifest.get("dropped") or {})
     if dropped:
         sentences.append(f"{dropped:,} of the parents' tensors {'is' if dropped == 1 else 'are'} left out.")
     return Markup(" ").join(sentences)
 
 
+def _all_of(share: Share, manifest: Mapping[str, Any]) -> Markup:
+    how = "are" if share.copied_from is None else "are byte for byte those"
+    origin = _origin(share, _sources(manifest))
+    return Markup("All {:,} tensors ({}) {} {}.").format(share.count, format_bytes(share.nbytes), how, origin)
+
+
 def _composition(found: Sequence[Share], manifest: Mapping[str, Any]) -> Markup:
     """Which roles come from where; the share with the most roles is "everything else"."""
     base, sources = base_of(manifest), _sources(manifest)
-    if len(found) == 1:
-        return Markup("All is {}.").format(_origin(found[0], sources))
     of_role: dict[str, int] = {}
     for share in found:
         for role, count in share.tensors.items():
@@ -98,11 +104,9 @@ def _composition(found: Sequence[Share], manifest: Mapping[str, Any]) -> Markup:
     return text[:1].upper() + text[1:] + "."
 
 
-def _amounts(found: Sequence[Share], base: str | None) -> list[Markup]:
+def _amounts(found: Sequence[Share], base: str | None) -> Markup:
     """How much comes from elsewhere than the base."""
     tensors, nbytes = sum(share.count for share in found), sum(share.nbytes for share in found)
-    if len(found) == 1:
-        return [Markup("These are {:,} tensors of {}.").format(tensors, format_bytes(nbytes))]
     amounts = []
     for share in found:
         if share.copied_from is None or share.copied_from != base:
@@ -115,7 +119,7 @@ def _amounts(found: Sequence[Share], base: str | None) -> list[Markup]:
                     share.count, tensors, size, percent(share.nbytes, nbytes), how
                 )
             )
-    return [Markup("; ").join(amounts) + "."]
+    return Markup("; ").join(amounts) + "."
 
 
 def percent(part: float, whole: float) -> str:

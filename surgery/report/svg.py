@@ -1,4 +1,4 @@
-"""SVG as text: elements with everything escaped, and the colours that figures share.
+"""SVG as text: elements with everything escaped, and the colours and round numbers that figures share.
 
 Elements are `Markup`: text put into them is escaped once, and a template doesn't escape them again.
 Colours of text and lines come from the page's CSS (classes `ink`, `soft`, `rule`), so that figures follow
@@ -6,6 +6,8 @@ dark mode and print; colours that carry data are fixed.
 """
 
 from __future__ import annotations
+
+from math import floor, log10
 
 from markupsafe import Markup, escape
 
@@ -63,6 +65,12 @@ def rect(x: float, y: float, width: float, height: float, *children: str, **attr
 
 def line(x1: float, y1: float, x2: float, y2: float, class_: str = "rule") -> Markup:
     return element("line", x1=float(x1), y1=float(y1), x2=float(x2), y2=float(y2), class_=class_)
+
+
+def round_up(value: float) -> float:
+    """The least of 1, 2, 5 times a power of ten that is not below `value`."""
+    power = 10.0 ** floor(log10(value))
+    return next(each * power for each in (1, 2, 5, 10) if each * power >= value * (1 - 1e-9))
 
 
 def category(index: int) -> str:

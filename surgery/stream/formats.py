@@ -86,10 +86,10 @@ def stored_as(ref: TensorRef, codec: Codec) -> TensorRef:
 
 
 def fp8_config(checkpoint: Checkpoint, tensors: Mapping[str, TensorRef]) -> Mapping[str, Any]:
-    """The quantization_config of fp8-block: the base's own where it says the same."""
+    """The quantization_config of fp8-block: the base's own where it is FP8, without its scale format."""
     old = checkpoint.quantization
-    if old.get("quant_method") == "fp8" and old.get("scale_fmt") != "ue8m0":
-        return old
+    if old.get("quant_method") == "fp8":
+        return {key: value for key, value in old.items() if key != "scale_fmt"}
     if not any(isinstance(ref.codec, Fp8Block) for ref in tensors.values()):
         raise PlanError(
             f"fp8-block finds nothing to convert in {checkpoint.label}: no tensor has a role of "

@@ -85,6 +85,7 @@ def save(checkpoint: Checkpoint, folder: Path, options: SaveOptions) -> SaveResu
         plan = survey(checkpoint, options.shard_bytes)
     work = work_folder(folder)
     check_output(folder, options.overwrite)
+    check_apart(folder, checkpoint)
     check_readable(checkpoint)
     check_memory(plan, options.memory_bytes)
     refuse_events(checkpoint.events, options.strict)
@@ -93,7 +94,10 @@ def save(checkpoint: Checkpoint, folder: Path, options: SaveOptions) -> SaveResu
     if options.fresh and work.exists():
         shutil.rmtree(work)
     check_disk(plan.disk_bytes - _bytes_in(work), folder)
-    work.mkdir(parents=True, exist_ok=True)
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise PlanError(f"cannot create {work}: {error.strerror}", hint="choose another folder") from error
     journal = Journal(work, fingerprint(checkpoint, options))
     try:
         return _write(checkpoint, folder, work, plan, journal, options)
@@ -117,6 +121,18 @@ def check_output(folder: Path, overwrite: bool) -> None:
         raise PlanError(
             f"{folder} exists and is not empty", hint="choose another folder, or replace it with --overwrite"
         )
+
+
+def check_apart(folder: Path, checkpoint: Checkpoint) -> None:
+    """Refuse an output that would replace, contain or lie in a folder that is read."""
+    place = folder.resolve()
+    for source in checkpoint.inputs:
+        parent = source.folder.resolve() if source.folder else None
+        if parent and (place == parent or place in parent.parents or parent in place.parents):
+            raise PlanError(
+                f"the output {folder} and the input {source.label} ({source.folder}) are not apart",
+                hint="choose an output folder outside of the models that are read",
+            )
 
 
 def check_readable(checkpoint: Checkpoint) -> None:
@@ -143,7 +159,9 @@ def fingerprint(checkpoint: Checkpoint, options: SaveOptions) -> dict[str, Any]:
         "steps": list(checkpoint.history),
         "settings": options.settings(),
         "inputs": {source.label: source.identity() for source in checkpoint.inputs},
-        "side_files": {name: path.stat().st_size for name, path in checkpoint.side_files.items()},
+        "side_files": {
+            name: sha256(path.read_bytes()).hexdigest() for name, path in checkpoint.side_files.items()
+        },
         "versions": tool_versions(),
     }
 

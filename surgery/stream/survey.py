@@ -14,7 +14,7 @@ from surgery.stream.jobs import CHUNK, tile_bytes
 from surgery.stream.targets import Shard, pack, plan_targets
 from surgery.stream.units import format_bytes
 
-LEAST_MEMORY = 256 << 20
+LEAST_MEMORY = 256_000_000
 
 
 @dataclass(frozen=True)
@@ -89,11 +89,14 @@ def check_memory(plan: Survey, memory_bytes: int) -> None:
     """Refuse a budget that one tile does not fit in."""
     if memory_bytes < LEAST_MEMORY:
         raise PlanError(
-            f"--memory {memory_bytes} is below the least budget of {LEAST_MEMORY} bytes (256 MiB)"
+            f"a memory budget of {format_bytes(memory_bytes)} is below the least, "
+            f"{format_bytes(LEAST_MEMORY)}",
+            hint="run with --memory 256MB or more",
         )
     if plan.peak_bytes > memory_bytes:
         raise PlanError(
-            f"{plan.largest} needs {plan.peak_bytes} bytes at once, above the budget of {memory_bytes}",
+            f"{plan.largest} needs {format_bytes(plan.peak_bytes)} at once, above the budget of "
+            f"{format_bytes(memory_bytes)}",
             hint=f"run with --memory {-(-plan.peak_bytes >> 20)}MiB or more",
         )
 

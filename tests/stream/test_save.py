@@ -1,4 +1,4 @@
-"""Saving: equal files whatever the threads, memory and hash seed, true books, and what is refused before or midway."""
+"""Saving: equal files whatever the threads, memory and hash seed, true books, and what must fail."""
 
 from __future__ import annotations
 
@@ -49,9 +49,7 @@ def child(parents: dict[str, Path], name: str) -> Checkpoint:
 def written(parents: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, save.SaveResult]:
     """Each merge written once, on two threads."""
     folder = tmp_path_factory.mktemp("written")
-    return {
-        name: child(parents, name).save(folder / name, shard_bytes=SHARD, threads=2) for name in MERGES
-    }
+    return {name: child(parents, name).save(folder / name, shard_bytes=SHARD, threads=2) for name in MERGES}
 
 
 @pytest.fixture
@@ -77,7 +75,10 @@ def test_equal_files_and_manifest_whatever_the_threads(
 
 @pytest.mark.xfail(strict=True, reason="metrics stand in the order in which shards finished")
 def test_the_manifest_is_equal_to_the_letter(
-    parents: dict[str, Path], written: dict[str, save.SaveResult], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    parents: dict[str, Path],
+    written: dict[str, save.SaveResult],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Reports are made from it, so that its order is part of what must be reproducible."""
     slow(monkeypatch, "model-00001", 0.3)
@@ -126,10 +127,11 @@ def test_equal_tensors_whatever_the_shard_size(
 def test_equal_files_whatever_the_hash_seed(
     parents: dict[str, Path], written: dict[str, save.SaveResult], tmp_path: Path
 ) -> None:
+    folder = str(parents["base"].parent)
     script = (
         "import sys; from pathlib import Path\n"
         "import test_save\n"
-        f"parents = {{name: Path(path) for name, path in { {k: str(v) for k, v in parents.items()} }.items()}}\n"
+        f"parents = {{name: Path({folder!r}) / name for name in {sorted(parents)}}}\n"
         "for name in test_save.MERGES:\n"
         f"    test_save.child(parents, name).save(Path(sys.argv[1]) / name, shard_bytes={SHARD}, threads=1)\n"
     )
@@ -182,7 +184,7 @@ def test_lineage_says_of_every_tensor_where_its_bytes_are_from(
                     assert stored.get(key) == folders[lineage["copy"]].get(key), (name, key)
             else:
                 assert lineage["op"] == "merge.aoe"
-                assert [each["copy"] for each in lineage["inputs"]][0] == "base"
+                assert lineage["inputs"][0] == {"copy": "base"}
                 assert stored[tensor] != folders["base"][tensor] or name == "half"
 
 
@@ -229,7 +231,9 @@ def test_progress_counts_every_byte_once(parents: dict[str, Path], tmp_path: Pat
     assert [done for _, done, _ in seen] == sorted(done for _, done, _ in seen)
 
 
-def test_further_files_are_made_from_the_manifest_and_summed(parents: dict[str, Path], tmp_path: Path) -> None:
+def test_further_files_are_made_from_the_manifest_and_summed(
+    parents: dict[str, Path], tmp_path: Path
+) -> None:
     def extras(manifest: Any) -> dict[str, str]:
         return {"surgery_report.html": f"<p>{manifest['output']['tensors']}</p>", "notes/ü.txt": "ü"}
 
@@ -239,16 +243,23 @@ def test_further_files_are_made_from_the_manifest_and_summed(parents: dict[str, 
     assert "surgery_report.html" in (result.folder / "SHA256SUMS").read_text()
 
 
-@pytest.mark.parametrize("shape", [(0,), (0, 4), (4, 0)], ids=str)
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=pytest.mark.xfail(strict=True, reason="ValueError or RuntimeError")) for n in MERGES]
+UNREADABLE = pytest.mark.xfail(
+    strict=True, reason="ValueError: the sample of distances has no rows to reshape"
 )
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        pytest.param("chimera", (0,), marks=UNREADABLE), pytest.param("chimera", (0, 4), marks=UNREADABLE),
+        ("chimera", (4, 0)), ("half", (0,)), ("half", (0, 4)), ("half", (4, 0)),
+        ("three", (0,)), ("three", (0, 4)), ("three", (4, 0)),
+    ],
+)  # fmt: skip
 def test_tensors_without_elements_pass(
-    parents: dict[str, Path], tmp_path: Path, name: str, shape: tuple[int, ...], request: pytest.FixtureRequest
+    parents: dict[str, Path], tmp_path: Path, name: str, shape: tuple[int, ...]
 ) -> None:
     """Some checkpoints hold such (partitioned training leaves them behind)."""
-    if name == "three" or (name == "chimera" and shape == (4, 0)):
-        request.applymarker(pytest.mark.xfail(strict=False))
     copies = {label: shutil.copytree(path, tmp_path / label) for label, path in parents.items()}
     for folder in copies.values():
         change_shards(folder, lambda tensors: {
@@ -299,7 +310,6 @@ def test_overwriting_replaces_the_folder_whole(
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-@pytest.mark.xfail(strict=True, reason="--overwrite over a parent deletes the parent")
 def test_a_parent_is_never_overwritten(parents: dict[str, Path], tmp_path: Path) -> None:
     copies = {label: shutil.copytree(path, tmp_path / label) for label, path in parents.items()}
     before = file_hashes(copies["base"])
@@ -308,7 +318,6 @@ def test_a_parent_is_never_overwritten(parents: dict[str, Path], tmp_path: Path)
     assert file_hashes(copies["base"]) == before
 
 
-@pytest.mark.xfail(strict=True, reason="--overwrite over a folder that holds the parents deletes them all")
 def test_a_folder_with_parents_in_it_is_never_overwritten(parents: dict[str, Path], tmp_path: Path) -> None:
     copies = {label: shutil.copytree(path, tmp_path / "models" / label) for label, path in parents.items()}
     with pytest.raises(SurgeryError):
@@ -316,19 +325,11 @@ def test_a_folder_with_parents_in_it_is_never_overwritten(parents: dict[str, Pat
     assert all(path.is_dir() for path in copies.values())
 
 
-@pytest.mark.xfail(strict=True, reason="the second run takes the first's work folder for side files of the parent")
-def test_an_output_inside_a_parent_leaves_the_parent_as_it_was(
-    parents: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Refused, or else written twice to the same files."""
-    copies = {label: shutil.copytree(path, tmp_path / label) for label, path in parents.items()}
-    out = copies["base"] / "child"
-    try:
-        interrupt(monkeypatch, lambda: child(copies, "chimera").save(out, shard_bytes=SHARD), 3)
-    except SurgeryError as error:
-        assert "base" in error.message and not list(out.parent.glob("child*"))
-        return
-    child(copies, "chimera").save(out, shard_bytes=SHARD)
+@pytest.mark.usefixtures("untouched")
+def test_an_output_inside_a_parent_is_refused(parents: dict[str, Path]) -> None:
+    """The parent's side files would grow by the child's."""
+    with pytest.raises(SurgeryError, match="not apart"):
+        child(parents, "chimera").save(parents["base"] / "child")
 
 
 @pytest.mark.xfail(strict=True, reason="NotADirectoryError or OSError at the very end, after all the work")
@@ -350,8 +351,10 @@ def test_an_output_that_is_a_link_to_a_folder(parents: dict[str, Path], tmp_path
     check_written(result.folder, child(parents, "chimera").tensors)
 
 
-@pytest.mark.xfail(strict=True, reason="NotADirectoryError or ValueError as a traceback")
-@pytest.mark.parametrize("out", ["file/out", "."])
+NO_NAME = pytest.mark.xfail(strict=True, reason="ValueError: the path has an empty name")
+
+
+@pytest.mark.parametrize("out", ["file/out", pytest.param(".", marks=NO_NAME)])
 def test_an_output_that_cannot_be_made(
     parents: dict[str, Path], tmp_path: Path, out: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -379,7 +382,9 @@ def test_too_little_disk(parents: dict[str, Path], tmp_path: Path, monkeypatch: 
     whole = child(parents, "chimera")
     need = survey.survey(whole, SHARD).disk_bytes
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=need - 1))
-    error = refused(lambda: whole.save(tmp_path / "deep" / "out", shard_bytes=SHARD), str(need), str(need - 1))
+    error = refused(
+        lambda: whole.save(tmp_path / "deep" / "out", shard_bytes=SHARD), str(need), str(need - 1)
+    )
     assert error.hint
     assert not list(tmp_path.iterdir())
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=need))
@@ -390,12 +395,12 @@ def test_too_little_disk(parents: dict[str, Path], tmp_path: Path, monkeypatch: 
 
 
 def test_too_little_memory(parents: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    refused(lambda: child(parents, "half").save(tmp_path / "out", memory_bytes=(256 << 20) - 1), "256 MiB")
+    refused(lambda: child(parents, "half").save(tmp_path / "out", memory_bytes=255_000_000), "256 MB")
     monkeypatch.setattr(survey, "LEAST_MEMORY", 0)
     monkeypatch.setattr(survey, "CHUNK", 0)
     whole = child(parents, "half")
     peak = survey.survey(whole, SHARD).peak_bytes
-    error = refused(lambda: whole.save(tmp_path / "out", memory_bytes=peak - 1), "weight", str(peak))
+    error = refused(lambda: whole.save(tmp_path / "out", memory_bytes=peak - 1), ".weight needs")
     assert "--memory" in error.hint
     assert not list(tmp_path.iterdir())
     whole.save(tmp_path / "out", memory_bytes=peak, shard_bytes=SHARD)
@@ -421,7 +426,9 @@ def test_two_processes_do_not_write_one_output(parents: dict[str, Path], tmp_pat
 
 
 @pytest.mark.xfail(strict=True, reason="--fresh removes the work folder before it asks for the lock")
-def test_fresh_does_not_remove_the_work_of_a_running_process(parents: dict[str, Path], tmp_path: Path) -> None:
+def test_fresh_does_not_remove_the_work_of_a_running_process(
+    parents: dict[str, Path], tmp_path: Path
+) -> None:
     work = tmp_path / "out.partial"
     work.mkdir()
     holder = Journal(work, {"a": 1})
@@ -460,6 +467,21 @@ def interrupt(
     return None
 
 
+def counted(monkeypatch: pytest.MonkeyPatch, call: Callable[[], object], function: str) -> int:
+    """How often `call` calls os.<function>."""
+    real = getattr(os, function)
+    calls: list[int] = []
+
+    def count(*args: Any) -> Any:
+        calls.append(1)
+        return real(*args)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, function, count)
+        call()
+    return len(calls)
+
+
 def slow(monkeypatch: pytest.MonkeyPatch, name: str, seconds: float) -> None:
     """Make the files whose names begin so be finished later than they would be."""
     import time
@@ -476,46 +498,56 @@ def slow(monkeypatch: pytest.MonkeyPatch, name: str, seconds: float) -> None:
 
 @pytest.mark.usefixtures("untouched")
 @pytest.mark.parametrize("name", ["chimera", "half"])
-@pytest.mark.parametrize("after", [0, 1, 20, 100, 180])
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.4, 0.9, 0.999])
 def test_a_disk_that_fills_up_midway(
-    parents: dict[str, Path], written: dict[str, save.SaveResult], tmp_path: Path, name: str, after: int,
+    parents: dict[str, Path], written: dict[str, save.SaveResult], tmp_path: Path, name: str, share: float,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
+    def write(out: Path) -> object:
+        return child(parents, name).save(out, shard_bytes=SHARD, threads=1)
+
     out = tmp_path / "out"
-    error = interrupt(monkeypatch, lambda: child(parents, name).save(out, shard_bytes=SHARD, threads=1), after)
+    writes = counted(monkeypatch, lambda: write(tmp_path / "whole"), "pwrite")
+    error = interrupt(monkeypatch, lambda: write(out), int(writes * share))
     assert isinstance(error, PlanError), error
     assert "the disk is full" in error.message and "again" in error.hint
     assert not out.exists()
     kept = {path.name: path.stat() for path in (tmp_path / "out.partial").glob("*.safetensors")}
-    assert kept or after < 100
+    assert kept or share < 0.9
     result = child(parents, name).save(out, shard_bytes=SHARD)
     assert file_hashes(out) == file_hashes(written[name].folder)
     assert result.manifest["run"]["resumed_shards"] == sorted(kept)
     assert all((out / file).stat().st_mtime_ns == was.st_mtime_ns for file, was in kept.items())
 
 
+@pytest.mark.parametrize(
+    "first",
+    [1, pytest.param(0, marks=pytest.mark.xfail(strict=True, reason="the lock is kept: another process"))],
+)
 def test_a_disk_that_fills_up_at_any_sync(
-    parents: dict[str, Path], written: dict[str, save.SaveResult], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    parents: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: int
 ) -> None:
-    """Shards, journal, side files, manifest: each is synced, in this order."""
-    after = 0
-    while True:
+    """Journal, shards, side files, manifest: each is synced, in this order, the parent folder last."""
+
+    def write(out: Path) -> object:
+        return child(parents, "chimera").save(out, shard_bytes=2_000_000, threads=1)
+
+    syncs = counted(monkeypatch, lambda: write(tmp_path / "whole"), "fsync")
+    assert syncs > 15
+    want = file_hashes(tmp_path / "whole")
+    for after in range(first, syncs - 1) if first else [0]:
         out = tmp_path / str(after)
-        error = interrupt(
-            monkeypatch, lambda out=out: child(parents, "chimera").save(out, shard_bytes=SHARD, threads=1),
-            after, "fsync",
-        )  # fmt: skip
-        if out.exists():
-            break
+        error = interrupt(monkeypatch, lambda out=out: write(out), after, "fsync")
         assert isinstance(error, PlanError), error
-        child(parents, "chimera").save(out, shard_bytes=SHARD)
-        assert file_hashes(out) == file_hashes(written["chimera"].folder)
+        assert not out.exists()
+        write(out)
+        assert file_hashes(out) == want
         shutil.rmtree(out)
-        after += 1
-    assert after > 30
 
 
-@pytest.mark.xfail(strict=True, reason="closing a journal whose last line could not be written raises OSError again")
+@pytest.mark.xfail(
+    strict=True, reason="closing a journal whose last line could not be written raises OSError again"
+)
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_journal_on_a_full_disk_ends_in_one_error_of_ours(tmp_path: Path) -> None:
     journal = Journal(tmp_path, {})
@@ -556,13 +588,15 @@ def test_a_failing_shard_does_not_leave_the_others_waiting(parents: dict[str, Pa
     """One worker meets a full disk in the first shard while the other has run ahead to the fourth."""
     done = subprocess.run(
         [sys.executable, "-c", HANGS, str(parents["base"]), str(tmp_path / "out"), "model-00001"],
-        capture_output=True, text=True, timeout=10, check=False,
+        capture_output=True, text=True, timeout=8, check=False,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
     )  # fmt: skip
     assert done.stdout.strip() == "PlanError", done.stderr
 
 
-@pytest.mark.xfail(strict=True, reason="only OSError and SurgeryError are kept from a finishing thread: KeyError instead")
+@pytest.mark.xfail(
+    strict=True, reason="only OSError and SurgeryError are kept from a finishing thread: KeyError instead"
+)
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_an_error_while_a_shard_is_finished_is_the_one_that_is_told(
     parents: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -607,7 +641,9 @@ def test_files_of_the_run_are_closed(parents: dict[str, Path], tmp_path: Path) -
 # Odd content
 
 
-@pytest.mark.xfail(strict=True, reason="the parent's surgery-journal.jsonl is summed and then removed as our own")
+@pytest.mark.xfail(
+    strict=True, reason="the parent's surgery-journal.jsonl is summed and then removed as our own"
+)
 def test_a_parent_left_by_a_killed_run_gives_a_true_child(parents: dict[str, Path], tmp_path: Path) -> None:
     copy = shutil.copytree(parents["base"], tmp_path / "base")
     (copy / journal_module.NAME).write_text('{"event":"start","fingerprint":{}}\n')
@@ -620,25 +656,31 @@ def broken_norm(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     found = dict(tensors)
     if "model.norm.weight" in found:
         found["model.norm.weight"] = found["model.norm.weight"].clone()
-        found["model.norm.weight"][3] = torch.nan
+        found["model.norm.weight"][200] = torch.nan
     return found
 
 
 @pytest.mark.xfail(strict=True, reason="distances of tensors with NaN are written as NaN, which is no JSON")
-@pytest.mark.parametrize("merge", [{"weights": {"reasoner": 0.5}}, {"weights": {"reasoner": 1.0}, "select": ("mtp",)}])
+@pytest.mark.parametrize(
+    "merge", [{"weights": {"reasoner": 0.5}}, {"weights": {"reasoner": 1.0}, "select": ("mtp",)}]
+)
 def test_a_manifest_is_json_even_with_nan_in_a_parent(
     parents: dict[str, Path], tmp_path: Path, merge: dict[str, Any]
 ) -> None:
     copy = change_shards(shutil.copytree(parents["reasoner"], tmp_path / "reasoner"), broken_norm)
     opened = {"base": open_checkpoint(parents["base"], "base"), "reasoner": open_checkpoint(copy, "reasoner")}
-    result = AssemblyOfExperts(base="base", **merge).apply(opened).save(tmp_path / "out", allow_nonfinite=True)
+    result = (
+        AssemblyOfExperts(base="base", **merge).apply(opened).save(tmp_path / "out", allow_nonfinite=True)
+    )
     strict_manifest(result.folder)
 
 
 @pytest.mark.xfail(strict=True, reason="threshold: inf is written as Infinity, which is no JSON")
 def test_a_manifest_is_json_even_with_an_infinite_threshold(parents: dict[str, Path], tmp_path: Path) -> None:
     opened = {name: open_checkpoint(path, name) for name, path in parents.items()}
-    merge = AssemblyOfExperts(base="base", weights={"reasoner": 0.5}, threshold=float("inf"), select=("norm",))
+    merge = AssemblyOfExperts(
+        base="base", weights={"reasoner": 0.5}, threshold=float("inf"), select=("norm",)
+    )
     strict_manifest(merge.apply(opened).save(tmp_path / "out").folder)
 
 

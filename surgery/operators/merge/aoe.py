@@ -32,7 +32,7 @@ from pydantic import (
 from surgery.errors import CheckpointError, RecipeError, Table
 from surgery.operators.merge.compatible import check_parents, config_events, join_inputs
 from surgery.operators.merge.distances import distances, sample_distances, squares
-from surgery.operators.protocol import Kind, Operator
+from surgery.operators.protocol import Kind, Operator, record_step
 from surgery.stream.checkpoint import (
     Checkpoint,
     ComputedRef,
@@ -276,12 +276,12 @@ class AssemblyOfExperts(Operator):
             events = (*events, Event("re-encoded", message, tuple(converted)))
         sources, inherited = join_inputs(parents.values())
         labels = {name: checkpoint.label for name, checkpoint in parents.items()}
-        step = {"op": self.op, **self.summary(), "parents": labels}
+        label, history = record_step(self.op, self.summary(), labels, parents.values())
         return base.replace(
             tensors=tensors,
-            label=f"{self.op}({', '.join(labels.values())})",
+            label=label,
             inputs=sources,
-            history=(*(past for each in parents.values() for past in each.history), step),
+            history=history,
             events=(*inherited, *events),
             probes=(*(p for each in parents.values() for p in each.probes), *self._probes(parents, tensors)),
         )
