@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from surgery.errors import CheckpointError, Table, UsageError
-from surgery.evaluate.state import Progress, decode_state, left_out, shape_state
+from surgery.evaluate.state import Progress, decode_state, left_out, missing_experts, shape_state
 from surgery.evaluate.tokenizer import side_folder
 
 if TYPE_CHECKING:
@@ -67,9 +67,10 @@ def load_model(
     place, compute = placement(device, dtype)
     with side_folder(checkpoint) as folder, quiet_transformers():
         skeleton = _skeleton(checkpoint, folder, trust_remote_code)
+        _refuse(checkpoint, [(name, "missing") for name in missing_experts(checkpoint)])
         state = decode_state(checkpoint, compute, progress, stage)
-        model, info = _fill(skeleton, state, dtype=compute)
-    _check_complete(checkpoint, info)
+        model, info = _fill(checkpoint, skeleton, state, dtype=compute)
+    _refuse(checkpoint, _faults(info))
     unused = left_out(checkpoint) + _declared_superfluous(model, state)
     cast("torch.nn.Module", model).to(place).eval()
     return LoadedModel(checkpoint.label, model, place, compute, unused)
@@ -88,7 +89,11 @@ def unplaced_keys(
 
     with side_folder(checkpoint) as folder, quiet_transformers():
         skeleton = _skeleton(checkpoint, folder, trust_remote_code)
-        _, info = _fill(skeleton, shape_state(checkpoint), dtype=torch.float32, device_map={"": "meta"})
+        holes = missing_experts(checkpoint)
+        if holes:
+            return holes, ()
+        state = shape_state(checkpoint)
+        _, info = _fill(checkpoint, skeleton, state, dtype=torch.float32, device_map={"": "meta"})
     misshapen = [_mismatch(each) for each in info["mismatched_keys"]]
     return tuple(sorted(info["missing_keys"])), tuple(sorted([*info["unexpected_keys"], *misshapen]))
 
@@ -135,25 +140,36 @@ def _skeleton(checkpoint: Checkpoint, folder: Path, trust_remote_code: bool) -> 
 
 
 def _fill(
-    skeleton: PreTrainedModel, state: dict[str, torch.Tensor], **options: Any
+    checkpoint: Checkpoint, skeleton: PreTrainedModel, state: dict[str, torch.Tensor], **options: Any
 ) -> tuple[PreTrainedModel, Mapping[str, Any]]:
     """The skeleton's model with these tensors, and transformers' account of the loading."""
-    filled: Any = type(skeleton).from_pretrained(
-        None,
-        config=skeleton.config,
-        state_dict=state,
-        output_loading_info=True,
-        ignore_mismatched_sizes=True,  # to have them all in the account instead of an exception
-        **options,
-    )
+    try:
+        filled: Any = type(skeleton).from_pretrained(
+            None,
+            config=skeleton.config,
+            state_dict=state,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # to have them all in the account instead of an exception
+            **options,
+        )
+    except (RuntimeError, ValueError) as error:
+        raise CheckpointError(
+            f"transformers cannot load the tensors of {checkpoint.label} into its "
+            f"{type(skeleton).__name__}: {error}",
+            hint="experts of one layer must have the same shapes: surgery inspect shows them",
+        ) from error
     return cast("tuple[PreTrainedModel, Mapping[str, Any]]", filled)
 
 
-def _check_complete(checkpoint: Checkpoint, info: Mapping[str, Any]) -> None:
+def _faults(info: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """(tensor, problem) of everything that did not find its place."""
     faults = [(str(name), "missing") for name in sorted(info["missing_keys"])]
     faults += [(str(name), "unexpected") for name in sorted(info["unexpected_keys"])]
     faults += [(_mismatch(each), "another shape") for each in info["mismatched_keys"]]
-    faults += [(str(message), "not converted") for message in info["error_msgs"]]
+    return faults
+
+
+def _refuse(checkpoint: Checkpoint, faults: list[tuple[str, str]]) -> None:
     if faults:
         raise CheckpointError(
             f"{checkpoint.label} does not fit transformers' {checkpoint.config.get('model_type')}: "

@@ -69,6 +69,26 @@ def places(checkpoint: Checkpoint) -> Iterator[Place]:
         yield Place(part.stored.name, part.stored.shape, part.view, ref)
 
 
+def missing_experts(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """Tensors that some experts of a layer have and others lack. transformers cannot stack such a layer, and
+    says no more than that."""
+    found: dict[tuple[str, str], set[int]] = {}
+    for name, ref in checkpoint.tensors.items():
+        expert = ref.info.expert
+        if expert is not None and not ref.info.mtp:
+            before, _, after = name.partition(f".experts.{expert}.")
+            found.setdefault((before, after), set()).add(expert)
+    counts: dict[str, int] = {}
+    for (before, _), experts in found.items():
+        counts[before] = max(counts.get(before, 0), 1 + max(experts))
+    return tuple(
+        f"{before}.experts.{expert}.{after}"
+        for (before, after), experts in found.items()
+        for expert in range(counts[before])
+        if expert not in experts
+    )
+
+
 def shape_state(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
     """The state dict on the meta device: names and shapes, nothing read."""
     import torch

@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from surgery.errors import CheckpointError
+from surgery.stream.source import read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -127,7 +128,7 @@ def load_tokenizer(
                 + ("" if trust_remote_code else "; if they need code of their own, allow remote code"),
             ) from error
     bos = plain.bos_token_id
-    explicit = plain.init_kwargs.get("add_bos_token")
+    explicit = _json_side_file(checkpoint, "tokenizer_config.json").get("add_bos_token")
     if add_bos is None:
         add_bos = explicit if isinstance(explicit, bool) else bos in _named_ids(checkpoint, "bos_token_id")
     ends = {*_named_ids(checkpoint, "eos_token_id"), *_ids(plain.eos_token_id)}
@@ -151,13 +152,15 @@ def _named_ids(checkpoint: Checkpoint, key: str) -> set[int]:
     """What config.json and generation_config.json say of a special token: an id or a list of them."""
     config = checkpoint.config
     found = {*_ids(config.get(key)), *_ids((config.get("text_config") or {}).get(key))}
-    path = checkpoint.side_files.get("generation_config.json")
-    if key == "eos_token_id" and path is not None:
-        try:
-            found.update(_ids(json.loads(path.read_bytes()).get(key)))
-        except (OSError, ValueError, AttributeError) as error:
-            raise CheckpointError(f"cannot read {path}: {error}", hint="fetch this file again") from error
+    if key == "eos_token_id":
+        found.update(_ids(_json_side_file(checkpoint, "generation_config.json").get(key)))
     return found
+
+
+def _json_side_file(checkpoint: Checkpoint, name: str) -> dict[str, Any]:
+    """An object from a side file; empty where there is no such file."""
+    path = checkpoint.side_files.get(name)
+    return read_json(path) if path is not None else {}
 
 
 def _ids(value: Any) -> Iterable[int]:

@@ -62,7 +62,7 @@ class Panel:
     ticks: Sequence[tuple[float, str]]
 
 
-def comparison(models: Sequence[str], children: Sequence[bool], panels: Sequence[Panel]) -> Markup:
+def comparison_chart(models: Sequence[str], children: Sequence[bool], panels: Sequence[Panel]) -> Markup:
     """Panels side by side over the same models; children stand out from their parents."""
     left, gap, tall, first = 178.0, 74.0, 30.0, 30.0  # values are written in the gap
     wide = min((_WIDTH - left) / max(len(panels), 1) - gap, 320.0)

@@ -17,7 +17,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from surgery.report.comparison import read_evaluation
 from surgery.report.distances import DistanceMap, distance_maps, unplaced_distances
-from surgery.report.figures import Stack, comparison, coverage_bars
+from surgery.report.figures import Stack, comparison_chart, coverage_bars
 from surgery.report.heatmap import common_scale, describe_place, heat_legend, heat_map, in_order
 from surgery.report.summary import base_of, percent, summarise
 from surgery.report.svg import category
@@ -101,7 +101,8 @@ def _comparison(manifest: Mapping[str, Any], evaluation: Mapping[str, Any] | Non
     if not found.columns:
         return None
     names, children = [row.name for row in found.rows], [row.is_child for row in found.rows]
-    return {"found": found, "chart": comparison(names, children, found.panels) if found.panels else None}
+    chart = comparison_chart(names, children, found.panels) if found.panels else None
+    return {"found": found, "chart": chart}
 
 
 def _distance(manifest: Mapping[str, Any]) -> dict[str, Any]:
@@ -114,8 +115,11 @@ def _distance(manifest: Mapping[str, Any]) -> dict[str, Any]:
         }
         for each in maps
     ]  # fmt: skip
-    gaps = any(cell.rms is None for each in maps for cell in each.cells.values()) or any(
-        place not in each.cells for each in maps for place in each.present or ()
+    gaps = any(
+        each.present is None
+        or any(place not in each.cells for place in each.present)
+        or any(cell.rms is None for cell in each.cells.values())
+        for each in maps
     )
     return {
         "base": base_of(manifest),

@@ -53,7 +53,7 @@ def build_manifest(
     run: Mapping[str, Any],
 ) -> dict[str, Any]:
     """`outcomes` says of computed tensors what was decided and measured while writing."""
-    templates: dict[str, int] = {}
+    templates: dict[str, tuple[int, dict[str, Any]]] = {}
     tensors: dict[str, int] = {}
     coverage: dict[tuple[str, bool, str], list[int]] = {}
     for name, ref in checkpoint.tensors.items():
@@ -63,8 +63,7 @@ def build_manifest(
         if choice is not None and isinstance(ref, ComputedRef):
             lineage = {**ref.inputs[choice].lineage(), "because": outcomes[name]["reason"]}
             action = f"copy of {lineage.get('copy')} ({outcomes[name]['reason']})"
-        key = json.dumps(lineage, sort_keys=True)
-        tensors[name] = templates.setdefault(key, len(templates))
+        tensors[name] = templates.setdefault(repr(lineage), (len(templates), lineage))[0]
         cell = coverage.setdefault((ref.info.role, ref.info.mtp, action), [0, 0])
         cell[0] += 1
         cell[1] += ref.nbytes
@@ -84,24 +83,33 @@ def build_manifest(
         "dropped": dict(checkpoint.dropped),
         "events": [event.as_dict() for event in events],
         "measurements": list(measurements),
-        "lineage": [json.loads(key) for key in templates],
+        "lineage": [lineage for _, lineage in templates.values()],
         "tensors": tensors,
         "metrics": {name: found["metrics"] for name, found in outcomes.items() if found.get("metrics")},
         "run": dict(run),
     }
 
 
+def dump_manifest(manifest: Mapping[str, Any]) -> bytes:
+    """JSON with one line per key: indenting all of it would take longer than writing many a model."""
+    lines = (f"{json.dumps(key)}: {json.dumps(value, ensure_ascii=False)}" for key, value in manifest.items())
+    return ("{\n" + ",\n".join(lines) + "\n}\n").encode()
+
+
 def describe_model(checkpoint: Checkpoint) -> dict[str, Any]:
     """What readers of a manifest need of the config."""
     text = checkpoint.config.get("text_config") or {}
     layers = checkpoint.config.get("num_hidden_layers", text.get("num_hidden_layers"))
-    return {
+    described = {
         "model_type": checkpoint.config.get("model_type"),
         "architecture": checkpoint.architecture.name,
         "num_hidden_layers": layers,
         "dtype": checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype"),
         "quantization_config": dict(checkpoint.quantization),
     }
+    if text:
+        described["text_config"] = {key: text.get(key) for key in ("model_type", "num_hidden_layers")}
+    return described
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from surgery.stream.formats import Format, apply_format
 from surgery.stream.journal import LOCK, Journal
 from surgery.stream.journal import NAME as JOURNAL
 from surgery.stream.manifest import NAME as MANIFEST
-from surgery.stream.manifest import build_manifest, tool_versions
+from surgery.stream.manifest import build_manifest, dump_manifest, tool_versions
 from surgery.stream.source import collector_paused
 from surgery.stream.survey import Survey, check_disk, check_memory, survey
 from surgery.stream.targets import Shard
@@ -225,7 +225,7 @@ def _write(
         sums |= {name: sha256(text.encode()).hexdigest() for name, text in texts.items()}
         lines = "".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items()))
         _write_bytes(work / SUMS, lines.encode())
-    _write_bytes(work / MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False).encode())
+    _write_bytes(work / MANIFEST, dump_manifest(manifest))
     journal.append({"event": "complete"})
     _publish(work, folder)
     return SaveResult(folder, manifest)

@@ -61,7 +61,7 @@ def test_figures_counts_and_intervals_are_those_of_the_evaluation() -> None:
     assert child.cells[2].value == "95.0%"
     assert found.rows[1].cells[1].value == "1,610"
     assert found.by_task is not None and list(found.by_task[0]) == ["add", "sort"]
-    assert list(found.by_task[1][0].cells[1].details)[0] == "42 of 100"
+    assert found.by_task[1][0].cells[1].details[0] == "42 of 100"
     assert "200 problems" in found.caption and "512 tokens" in found.caption and "95%" in found.caption
 
 
@@ -111,7 +111,7 @@ def test_a_perplexity_that_is_infinite_is_written_and_not_drawn() -> None:
 
 
 def test_bars_end_at_their_values(copied_manifest: dict[str, Any]) -> None:
-    page = render_report(copied_manifest, three())
+    page = render_report({**copied_manifest, "inputs": PARENTS}, three())
     bars = re.findall(
         r'<rect x="([\d.]+)" y="[\d.]+" width="([\d.]+)" height="18" class="(parent|child)" rx="1.5">'
         r"<title>([^\n]+)\n(accuracy|mean reply tokens)",

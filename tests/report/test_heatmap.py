@@ -104,6 +104,7 @@ def test_without_an_architecture_every_gap_is_hatched(copied_manifest: dict[str,
     del copied_manifest["model"]
     (found,) = distance_maps(copied_manifest)
     svg = str(heat_map(found, common_scale([found])))
+    assert "not measured</text>" in render_report(copied_manifest)
     assert 'class="absent"' not in svg and svg.count("url(#unmeasured)") == 3 * 4 - 5
 
 

@@ -21,7 +21,7 @@ def row(role: str, action: str, tensors: int = 1, nbytes: int = 1000, mtp: bool 
 
 def made(*coverage: dict[str, Any], parents: tuple[str, ...] = ("v3", "r1"), **other: Any) -> dict[str, Any]:
     steps = [{"op": "merge.aoe", "base": "v3", "parents": {label: label for label in parents}}]
-    return {"inputs": dict.fromkeys(parents, {}), "steps": steps, "coverage": list(coverage), **other}
+    return {"inputs": {label: {} for label in parents}, "steps": steps, "coverage": list(coverage), **other}
 
 
 def test_a_chimera() -> None:
@@ -46,18 +46,20 @@ def test_a_merge_with_some_tensors_copied_for_a_reason() -> None:
         lineage=[{"op": "merge.aoe", "inputs": [{"copy": "v3"}, {"copy": "r1"}]}, {"copy": "v3"}],
     )
     assert words(manifest) == (
-        "10 of 42 attention tensors and routers of `v3`; everything else computed by `merge.aoe` from `v3` and "
-        "`r1`. 38 of 53 tensors, 2.99 kB of 3 kB (99.7%), are computed. The rest is copied byte for byte."
+        "10 of 42 attention tensors and routers of `v3`; everything else computed by `merge.aoe` from `v3` "
+        "and `r1`. 38 of 53 tensors, 2.99 kB of 3 kB (99.7%), are computed. The rest is copied byte for byte."
     )
 
 
 def test_three_origins_and_tensors_left_out() -> None:
     manifest = made(
-        row("routed_expert", "copy of r1", 2), row("shared_expert", "copy of r2", 2), row("head", "copy of v3"),
-        row("norm", "copy of v3"), parents=("v3", "r1", "r2"), dropped={"a": "not in the base"},
+        row("routed_expert", "copy of r1", 2), row("shared_expert", "copy of r2", 2),
+        row("head", "copy of v3"), row("norm", "copy of v3"), parents=("v3", "r1", "r2"),
+        dropped={"a": "not in the base"},
     )  # fmt: skip
     assert words(manifest).startswith(
-        "Routed experts of `r1`, shared experts of `r2`, and everything else of `v3`. 2 of 6 tensors, 2 kB of "
+        "Routed experts of `r1`, shared experts of `r2`, and everything else of `v3`. "
+        "2 of 6 tensors, 1 kB of 4 kB (25.0%), come from `r1`; 2 of 6 tensors, "
     )
     assert words(manifest).endswith("1 of the parents' tensors is left out.")
 

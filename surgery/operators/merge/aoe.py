@@ -25,8 +25,8 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    ValidationInfo,
     field_validator,
-    model_validator,
 )
 
 from surgery.errors import CheckpointError, RecipeError, Table
@@ -94,6 +94,25 @@ def weight_at(weight: float | Anchors, info: TensorInfo) -> float:
     return start if low == high else start + (stop - start) * (info.layer - low) / (high - low)
 
 
+def weight_vector(weights: Mapping[str, float | Anchors], base: str, info: TensorInfo) -> dict[str, float]:
+    """Weights by parent for one tensor, the base first; ValueError where they don't sum to 1."""
+    others = {name: weight_at(value, info) for name, value in weights.items() if name != base}
+    rest = 1.0 - sum(others.values())
+    if rest < -ROUNDING:
+        raise ValueError(f"the weights sum to {sum(others.values()):g}, which is more than 1")
+    rest = rest if rest > ROUNDING else 0.0
+    if base in weights and abs(weight_at(weights[base], info) - rest) > ROUNDING:
+        total = weight_at(weights[base], info) + sum(others.values())
+        raise ValueError(f"the weights sum to {total:g}, not 1; leave out {base} and it gets what is left")
+    return {base: rest, **others}
+
+
+def check_sum(weights: Mapping[str, float | Anchors], base: str) -> None:
+    """Refuse constant weights that don't sum to 1; anchors are checked layer by layer when applied."""
+    if not any(isinstance(value, dict) for value in weights.values()):
+        weight_vector(weights, base, TensorInfo("other", None, None, False))
+
+
 @dataclass(frozen=True)
 class Assembly:
     """The kernel of one merged tensor; input 0 is the base, `labels` are those of the others."""
@@ -127,7 +146,7 @@ class Assembly:
         return weighted_sum(tiles, self.weights), sums
 
     def metrics(self, sums: Sums, numel: int) -> dict[str, Any]:
-        return {"distance": distances(sums, numel, self.labels)}
+        return {"weights": numel, "distance": distances(sums, numel, self.labels)}
 
     def lineage(self) -> dict[str, Any]:
         return {"op": AssemblyOfExperts.op, "weights": list(self.weights), "threshold": self.threshold}
@@ -216,24 +235,21 @@ class AssemblyOfExperts(Operator):
 
     @field_validator("select")
     @classmethod
-    def _valid_entries(cls, value: tuple[str | Rule, ...]) -> tuple[str | Rule, ...]:
+    def _valid_entries(cls, value: tuple[str | Rule, ...], info: ValidationInfo) -> tuple[str | Rule, ...]:
         if not value:
             raise ValueError("`select` is empty; write `all` or leave it out")
+        for entry in value:
+            if isinstance(entry, Rule) and entry.weights:
+                check_sum(entry.weights, info.data.get("base", ""))
         return value
 
     @field_validator("weights")
     @classmethod
-    def _numbered(cls, value: dict[str, Weight | Anchors]) -> dict[str, Weight | Anchors]:
+    def _weights_sum(
+        cls, value: dict[str, Weight | Anchors], info: ValidationInfo
+    ) -> dict[str, Weight | Anchors]:
+        check_sum(value, info.data.get("base", ""))
         return check_anchors(value)
-
-    @model_validator(mode="after")
-    def _weights_sum(self) -> AssemblyOfExperts:
-        vectors = [self.weights, *(r.weights for r in self.select if isinstance(r, Rule) and r.weights)]
-        for weights in vectors:
-            constant = [value for value in weights.values() if not isinstance(value, dict)]
-            if len(constant) == len(weights):
-                self._vector(weights, TensorInfo("other", None, None, False))
-        return self
 
     def input_names(self) -> tuple[str, ...]:
         names = [self.base, *self.weights]
@@ -241,20 +257,6 @@ class AssemblyOfExperts(Operator):
             if isinstance(entry, Rule):
                 names.extend(entry.weights or {})
         return tuple(dict.fromkeys(names))
-
-    def _vector(self, weights: Mapping[str, float | Anchors], info: TensorInfo) -> dict[str, float]:
-        """Weights by parent for one tensor, the base first; ValueError where they don't sum to 1."""
-        others = {name: weight_at(value, info) for name, value in weights.items() if name != self.base}
-        rest = 1.0 - sum(others.values())
-        if rest < -ROUNDING:
-            raise ValueError(f"the weights sum to {sum(others.values()):g}, which is more than 1")
-        rest = rest if rest > ROUNDING else 0.0
-        if self.base in weights and abs(weight_at(weights[self.base], info) - rest) > ROUNDING:
-            total = weight_at(weights[self.base], info) + sum(others.values())
-            raise ValueError(
-                f"the weights sum to {total:g}, not 1; leave out {self.base} and it gets what is left"
-            )
-        return {self.base: rest, **others}
 
     def apply(self, inputs: Mapping[str, Checkpoint]) -> Checkpoint:
         base = inputs[self.base]
@@ -304,7 +306,7 @@ class AssemblyOfExperts(Operator):
             weights = self.weights if rule.weights is None else rule.weights
             threshold = self.threshold if rule.threshold is None else rule.threshold
             try:
-                chosen[name] = (self._vector(weights, ref.info), threshold)
+                chosen[name] = (weight_vector(weights, self.base, ref.info), threshold)
             except ValueError as error:
                 where = ("select", matching[0], "weights") if rule.weights else ("weights",)
                 raise RecipeError(f"{error} (at {name})", path=where) from error
