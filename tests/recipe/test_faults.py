@@ -125,7 +125,7 @@ FAULTS: list[tuple[str, str, str, str, str]] = [
      "`b` is already a parent or an earlier step", ""),
     ("step without a reader", edited("{first: 0.5}", "{b: 0.5}", TWO_STEPS), "3:5",
      "nothing reads the result of this step", "give the step a `name` and read it in a later step"),
-    ("weights beyond 1", edited("{reasoner: 1.0}", "{reasoner: 1.0, base: 0.5}"), "5:5",
+    ("weights beyond 1", edited("{reasoner: 1.0}", "{reasoner: 1.0, base: 0.5}"), "7:14",
      "the weights sum to 1.5, not 1; leave out base and it gets what is left", ""),
 ]  # fmt: skip
 
