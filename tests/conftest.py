@@ -6,6 +6,10 @@ from pathlib import Path
 
 import factories
 import pytest
+import torch
+
+# The tensors are small: a second thread costs more than it brings, ten times as much on a busy machine.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING
@@ -22,6 +23,7 @@ from surgery.evaluate.perplexity import Perplexity, logits_of, read_documents, w
 from surgery.evaluate.state import Progress
 from surgery.evaluate.table import Evaluation, ModelScore, Settings
 from surgery.evaluate.tasks import Problem, Reply, compile_pattern, judge, read_problems, score
+from surgery.evaluate.threads import torch_threads
 
 if TYPE_CHECKING:
     from surgery.evaluate.candidates import Model
@@ -43,6 +45,7 @@ def evaluate(
     batch_size: int = BATCH_SIZE,
     device: str = "cpu",
     dtype: str | None = None,
+    threads: int | None = None,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> Evaluation:
@@ -57,14 +60,18 @@ def evaluate(
     parent: a model, or the name of one of `models`; it is a row of the table, and with a text the others get
         their KL divergence from it.
     add_bos: whether prompts and documents begin with the start token (default: see `tokenizer.py`).
-    device, dtype: cpu in float32 by default, cuda in bfloat16.
+    device, dtype: cpu in float32 by default, cuda in bfloat16. threads: of torch (default: see `threads.py`).
 
     Raises UsageError for settings and input files, CheckpointError for models.
     """
     if tasks is None and text is None:
         raise UsageError("nothing to measure", hint="give problems (tasks), a text, or both")
     _check_positive(
-        limit=limit, max_new_tokens=max_new_tokens, max_windows=max_windows, batch_size=batch_size
+        limit=limit,
+        max_new_tokens=max_new_tokens,
+        max_windows=max_windows,
+        batch_size=batch_size,
+        threads=threads,
     )
     pattern = compile_pattern(answer)
     place, compute = placement(device, dtype)
@@ -91,35 +98,17 @@ def evaluate(
         batch_size=batch_size,
         device=str(place),
         dtype=str(compute).removeprefix("torch."),
+        threads=threads,
     )
-    tell = progress or _silent
+    run = _Run(pattern, trust_remote_code, progress or _silent)
     rows: dict[str, ModelScore] = {}
     kept: LoadedModel | None = None
     for candidate in sorted(candidates, key=lambda each: each.name != parent_name):
-        begun = perf_counter()
-        loaded = load_model(
-            candidate.checkpoint,
-            device=settings.device,
-            dtype=settings.dtype,
-            trust_remote_code=trust_remote_code,
-            progress=tell,
-            stage=f"{candidate.name}: load",
-        )
-        answers = _answers(loaded, candidate, problems, settings, pattern, tell)
-        perplexity, divergence = _on_text(loaded, candidate, kept, parent_name, settings, tell)
-        rows[candidate.name] = ModelScore(
-            name=candidate.name,
-            model=candidate.checkpoint.label,
-            is_parent=candidate.name == parent_name,
-            parameters=loaded.parameters,
-            left_out=loaded.left_out,
-            starts_with_bos=bool(candidate.tokenizer.start),
-            tasks=score(answers, tag) if answers else None,
-            perplexity=perplexity,
-            divergence=divergence,
-            seconds=perf_counter() - begun,
-        )
-        if candidate.name == parent_name and documents:
+        weights = sum(ref.numel for ref in candidate.checkpoint.tensors.values())
+        with torch_threads(threads, weights):
+            row, loaded = _measure(candidate, kept, parent_name, problems, settings, run)
+        rows[candidate.name] = row
+        if row.is_parent and documents:
             kept = loaded
         # Otherwise this model would stay in memory while the next one loads.
         del loaded
@@ -130,6 +119,50 @@ def evaluate(
         versions=_versions(),
         notes=_notes(candidates, rows, parent_name, measured_kl=bool(documents)),
     )
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What all models of an evaluation share beside the settings that are part of the result."""
+
+    pattern: re.Pattern[str] | None
+    trust_remote_code: bool
+    tell: Progress
+
+
+def _measure(
+    candidate: Candidate,
+    parent: LoadedModel | None,
+    parent_name: str | None,
+    problems: Sequence[Problem],
+    settings: Settings,
+    run: _Run,
+) -> tuple[ModelScore, LoadedModel]:
+    """Load one model and fill its row."""
+    begun = perf_counter()
+    loaded = load_model(
+        candidate.checkpoint,
+        device=settings.device,
+        dtype=settings.dtype,
+        trust_remote_code=run.trust_remote_code,
+        progress=run.tell,
+        stage=f"{candidate.name}: load",
+    )
+    answers = _answers(loaded, candidate, problems, settings, run)
+    perplexity, divergence = _on_text(loaded, candidate, parent, parent_name, settings, run)
+    row = ModelScore(
+        name=candidate.name,
+        model=candidate.checkpoint.label,
+        is_parent=candidate.name == parent_name,
+        parameters=loaded.parameters,
+        left_out=loaded.left_out,
+        starts_with_bos=bool(candidate.tokenizer.start),
+        tasks=score(answers, settings.tag) if answers else None,
+        perplexity=perplexity,
+        divergence=divergence,
+        seconds=perf_counter() - begun,
+    )
+    return row, loaded
 
 
 def _check_positive(**counts: int | None) -> None:
@@ -143,8 +176,7 @@ def _answers(
     candidate: Candidate,
     problems: Sequence[Problem],
     settings: Settings,
-    pattern: re.Pattern[str] | None,
-    tell: Progress,
+    run: _Run,
 ) -> list[Reply]:
     tokenizer = candidate.tokenizer
     said = replies(
@@ -154,13 +186,15 @@ def _answers(
         pad=tokenizer.pad,
         max_new_tokens=settings.max_new_tokens,
         batch_size=settings.batch_size,
-        finished=lambda done: tell(f"{candidate.name}: replies", done, len(problems)),
+        finished=lambda done: run.tell(f"{candidate.name}: replies", done, len(problems)),
     )
     answers = []
     for problem, ids in zip(problems, said, strict=True):
         cut_off = ids[-1] not in tokenizer.ends
         shown = ids if cut_off else ids[:-1]
-        answers.append(judge(problem, tokenizer.text(shown), len(shown), cut_off=cut_off, pattern=pattern))
+        answers.append(
+            judge(problem, tokenizer.text(shown), len(shown), cut_off=cut_off, pattern=run.pattern)
+        )
     return answers
 
 
@@ -170,7 +204,7 @@ def _on_text(
     parent: LoadedModel | None,
     parent_name: str | None,
     settings: Settings,
-    tell: Progress,
+    run: _Run,
 ) -> tuple[Perplexity | None, Divergence | None]:
     """One pass over the windows for both figures."""
     if settings.context is None:
@@ -181,7 +215,7 @@ def _on_text(
         sums.append(window_nll(logits, window))
         if parent is not None:
             divergences.append(window_divergence(logits_of(parent, window), logits))
-        tell(f"{candidate.name}: text", done, len(candidate.windows))
+        run.tell(f"{candidate.name}: text", done, len(candidate.windows))
     sizes = [len(window) - 1 for window in candidate.windows]
     perplexity = Perplexity.of(sums, sizes, settings.context)
     return perplexity, Divergence.of(parent_name or "", divergences) if divergences else None

@@ -29,6 +29,7 @@ class Settings:
     device: str
     dtype: str
     confidence: float = CONFIDENCE
+    threads: int | None = None
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,11 @@ TEXT = "It was a bright cold day in April, and the clocks were striking thirteen
 
 def plain_probabilities(folder: Path, ids: list[int]) -> torch.Tensor:
     """Next-token distributions of a window, [len(ids), vocabulary], all of it in float64."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
+    model = AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype=torch.float64,
+        experts_implementation="eager",  # torch's grouped product has no float64
+    )
     with torch.no_grad():
         probabilities: torch.Tensor = model(torch.tensor([ids])).logits[0].softmax(dim=-1)
     return probabilities

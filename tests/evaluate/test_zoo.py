@@ -32,12 +32,10 @@ def test_one_parent_answers_at_once_and_the_other_reasons() -> None:
     assert terse.cut_off.count == deliberate.cut_off.count == 0
 
 
-@pytest.mark.parametrize(
-    ("model", "text", "perplexity"), [("dense", "prose", 19.05), ("nano-base", "math", 1.795)]
-)
-def test_perplexity_of_the_first_rows(model: str, text: str, perplexity: float) -> None:
-    found = evaluate([ZOO / model], text=ZOO / "data" / f"{text}-valid.jsonl", context=512, max_windows=24)
+def test_perplexity_of_the_first_rows() -> None:
+    text = ZOO / "data" / "math-valid.jsonl"
+    found = evaluate([ZOO / "nano-base"], text=text, context=512, max_windows=24)
     measured = found.rows[0].perplexity
     assert measured is not None
-    assert measured.value == pytest.approx(perplexity, abs=0.005)
+    assert measured.value == pytest.approx(1.795, abs=0.0005)
     assert (measured.tokens, measured.windows) == (24 * 511, 24)
