@@ -82,12 +82,14 @@ def test_data_folders_are_no_packages() -> None:
     [
         ("import surgery", ("torch", "transformers", "pydantic", "numpy")),
         ("from surgery.cli.app import main; main(['--help'])", ("torch", "transformers", "numpy")),
-        ("from surgery.cli.app import main; main(['plan', 'demo/chimera', '--json'])", ("torch", "transformers")),
+        ("from surgery.cli.app import main; main(['plan', 'demo/chimera'])", ("torch", "transformers")),
     ],
 )  # fmt: skip
 def test_heavy_packages_are_not_loaded(code: str, absent: tuple[str, ...]) -> None:
     script = f"{code}\nimport sys; print([m for m in {absent!r} if m in sys.modules], file=sys.stderr)"
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     assert done.stderr.strip().splitlines()[-1] == "[]", done.stderr
 
 

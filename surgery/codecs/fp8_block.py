@@ -13,6 +13,9 @@ Encoding, per block and in float32 with separately rounded operations:
 so that decode → encode gives back codes and scales bit for bit wherever a block's largest code is
 ±448, which encoders of this rule produce. `ue8m0` (DeepSeek-V3.1) rounds the scale up to a power of
 two; its scales are stored as F32 or as F8_E8M0.
+
+Where NaN or infinity is allowed to pass, the scale is taken over the finite values of the block; NaN
+stays NaN and infinity becomes the largest value.
 """
 
 from __future__ import annotations
@@ -74,9 +77,10 @@ class Fp8Block:
 
         bits = torch.from_numpy(raw)
         if self.scale_dtype == "F8_E8M0":
-            # The byte is the exponent field of a float32; 0 stands for the subnormal 2^-127.
+            # The byte is the exponent field of a float32; 0 is the subnormal 2^-127, 255 is NaN.
             exponent = bits.to(torch.int32)
             values = torch.where(exponent == 0, 1 << 22, exponent << 23).view(torch.float32)
+            values = torch.where(exponent == 255, torch.nan, values)
         else:
             values = bits.view(torch.float32)
         return values.view(-1, scale_shape(shape)[1])
@@ -84,7 +88,10 @@ class Fp8Block:
     def encode(self, tile: torch.Tensor) -> dict[str, np.ndarray[Any, Any]]:
         import torch
 
-        scales = block_amax(tile).div_(LARGEST_CODE)
+        scales = block_amax(tile)
+        if not bool(torch.isfinite(scales).all()):
+            scales = block_amax(torch.where(torch.isfinite(tile), tile, 0.0))
+        scales = scales.div_(LARGEST_CODE)
         if self.ue8m0:
             scales = ceil_to_power_of_two(scales)
         scales = torch.where(scales > 0, scales, 1.0)

@@ -22,15 +22,17 @@ if TYPE_CHECKING:
 def peek(codec: Codec, rows: int, raw: Mapping[str, Array], columns: int) -> Array | None:
     """float32 [rows, ≤ columns] of stored parts that begin on a block border; None where the form
     cannot be decoded. `columns` is a multiple of 128."""
+    import numpy as np
+
     if isinstance(codec, Plain):
-        return plain_values(codec.dtype, raw["weight"]).reshape(rows, -1)[:, :columns]
-    if isinstance(codec, Fp8Block):
+        values = plain_values(codec.dtype, raw["weight"])
+        return values.reshape(rows, values.size // rows if rows else 0)[:, :columns]
+    if isinstance(codec, Fp8Block) and rows:
         codes = raw["weight"].reshape(rows, -1)[:, :columns]
         down = -(-rows // BLOCK)
         scales = scale_values(codec, raw["scale"]).reshape(down, -1)
         spread = scales.repeat(BLOCK, 0)[:rows].repeat(BLOCK, 1)[:, : codes.shape[1]]
-        values: Array = e4m3_values()[codes] * spread
-        return values
+        return np.asarray(e4m3_values()[codes] * spread)
     return None
 
 

@@ -51,9 +51,11 @@ class Plain:
     ) -> torch.Tensor:
         import torch
 
-        values = torch.from_numpy(raw["weight"]).view(getattr(torch, TORCH_DTYPES[self.dtype]))
+        dtype = getattr(torch, TORCH_DTYPES[self.dtype])
+        data = raw["weight"]
+        values = torch.from_numpy(data).view(dtype) if data.size else torch.empty(0, dtype=dtype)
         values = values.to(torch.float32)
-        return values if len(shape) < 2 else values.view(stop - start, -1)
+        return values if len(shape) < 2 else values.view(stop - start, matrix_shape(shape)[1])
 
     def encode(self, tile: torch.Tensor) -> dict[str, np.ndarray[Any, Any]]:
         import torch
@@ -62,6 +64,8 @@ class Plain:
         return {"weight": values.view(-1).view(torch.uint8).numpy()}
 
     def finite(self, key: str, raw: np.ndarray[Any, Any]) -> bool:
+        if not raw.size:
+            return True
         unit, mask = _EXPONENTS[self.dtype]
         return not all_exponent_bits_set(raw.view(unit), mask)
 
@@ -70,10 +74,12 @@ class Plain:
 class Opaque:
     """Bytes of a form that this version copies but cannot compute with, e.g. packed integers.
 
-    `form` says in words what it is; `keys` and `dtypes` are those of its stored parts.
+    `form` says in words what it is; `weights` is False for plain integer buffers, which are no weights
+    and pass through every output format.
     """
 
     form: str
+    weights: bool = True
     granule: int = 1
     decodable: bool = False
 

@@ -117,6 +117,8 @@ class _Wording:
             expected = context["expected"].replace("'", "`")
         elif kind == "recipe":
             expected = context["expected"]
+        elif kind == "finite_number":
+            expected = "a finite number"
         elif kind.endswith(_MISTYPED):
             stem = next((kind.removesuffix(end) for end in reversed(_MISTYPED) if kind.endswith(end)), kind)
             expected = _EXPECTED.get(stem, "")

@@ -120,6 +120,11 @@ class TensorRef:
         return part.stored.nbytes * prod(part.view.shape(part.stored.shape)) // count if count else 0
 
     @property
+    def granule(self) -> int:
+        """Rows that are coded together, here or in what this tensor is made from."""
+        return self.codec.granule
+
+    @property
     def is_view(self) -> bool:
         return any(part.view is not None for part in self.parts)
 
@@ -142,12 +147,16 @@ class TensorRef:
 
         `rows` must start at a multiple of the codec's granule; None reads all.
         """
-        start, stop, _ = (rows or slice(None)).indices(self.rows)
-        if start % self.codec.granule:
+        start, stop, step = (rows or slice(None)).indices(self.rows)
+        if start % self.granule or step != 1:
             raise UsageError(
-                f"{self.name} is stored as {self.codec.name}: rows must start at a multiple of "
-                f"{self.codec.granule}, not {start}"
+                f"{self.name} is stored as {self.codec.name}: rows must be consecutive and start at a "
+                f"multiple of {self.granule}, not {start}"
             )
+        if start >= stop:
+            import torch
+
+            return torch.empty((0, *matrix_shape(self.shape)[1:])[: min(2, max(1, len(self.shape)))])
         return self.pull(start, stop, context or ReadContext())
 
     def pull(self, start: int, stop: int, context: ReadContext) -> torch.Tensor:
@@ -192,6 +201,8 @@ class StoredRef(TensorRef):
         stored = part.stored
         if stored.file is None:
             raise CheckpointError(f"{stored.name} lies in no file")
+        if not stored.nbytes or start == stop:
+            return np.empty(0, np.uint8)
         if part.view is None:
             ahead = context.buffers.ahead.get((id(stored.file), stored.offset)) if context else None
             if ahead is not None and stop - start == self.rows:
@@ -205,7 +216,7 @@ class StoredRef(TensorRef):
         stored.file.read_into(slab, stored.offset + part.view.index * slab_nbytes)
         itemsize = slab_nbytes // prod(stored.shape[1:])
         shaped = slab.view(f"V{itemsize}" if itemsize > 1 else np.uint8).reshape(stored.shape[1:])
-        return np.ascontiguousarray(part.view.of(shaped)).reshape(-1).view(np.uint8)
+        return np.ascontiguousarray(part.view.of(shaped)[start:stop]).reshape(-1).view(np.uint8)
 
     def _span(self, part: Part, start: int, stop: int) -> tuple[int, int]:
         if start == 0 and stop == self.rows:
@@ -299,6 +310,10 @@ class ComputedRef(TensorRef):
             context.record(self, start, sums)
         return tile
 
+    @property
+    def granule(self) -> int:
+        return max(self.codec.granule, *(each.granule for each in self.inputs))
+
     def tile_rows(self) -> int:
         return max(super().tile_rows(), *(each.tile_rows() for each in self.inputs))
 
@@ -342,6 +357,12 @@ class Probe(Protocol):
         """One row of the manifest's `measurements`."""
 
 
+def quantization_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The quantization_config of a config, empty where there is none."""
+    found = config.get("quantization_config")
+    return found if isinstance(found, Mapping) else {}
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """Logical names to refs in natural order, with the config and side files they travel with."""
@@ -366,7 +387,7 @@ class Checkpoint:
     @property
     def quantization(self) -> Mapping[str, Any]:
         """The config's quantization_config, empty where there is none."""
-        return self.config.get("quantization_config") or {}
+        return quantization_of(self.config)
 
     def replace(self, **changes: Any) -> Checkpoint:
         """A copy with some fields changed."""

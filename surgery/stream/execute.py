@@ -108,9 +108,12 @@ class Execution:
                 for worker in workers:
                     while worker.is_alive():
                         worker.join(0.2)
+                if not self._stop.is_set():
+                    for writer in self._open:
+                        writer.no_more()
                 self._close(0)
             except KeyboardInterrupt:
-                self._stop.set()
+                self._halt()
                 for worker in workers:
                     worker.join()
                 raise InterruptedRun(
@@ -154,12 +157,20 @@ class Execution:
 
     def _fail(self, error: BaseException) -> None:
         self._errors.append(error)
+        self._halt()
+
+    def _halt(self) -> None:
+        """Let everybody come to an end: workers after their job, followers at once."""
         self._stop.set()
+        for writer in list(self._open):
+            writer.stop()
 
     def _jobs(self, shards: Sequence[Shard], sums: SumTable) -> Iterator[tuple[ShardWriter, Job]]:
         """Jobs of all shards in order; opens a shard when its first job is asked for."""
         for shard in shards:
             self._close(OPEN_SHARDS - 1)
+            if self._stop.is_set():
+                return
             writer = ShardWriter(
                 self.folder / shard.name,
                 shard.header,

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from surgery.codecs.codec import Codec
 from surgery.codecs.fp8_block import BLOCK, Fp8Block
-from surgery.codecs.plain import Plain
+from surgery.codecs.plain import Opaque, Plain
 from surgery.errors import PlanError, Table
 from surgery.stream.checkpoint import Checkpoint, Part, TensorRef, recode
 from surgery.stream.files import StoredTensor
@@ -29,7 +29,7 @@ def apply_format(checkpoint: Checkpoint, form: Format) -> Checkpoint:
         return checkpoint
     convert = to_bf16 if form == "bf16" else to_fp8_block
     tensors = {name: convert(ref) for name, ref in checkpoint.tensors.items()}
-    stuck = [ref for ref in tensors.values() if not ref.codec.decodable]
+    stuck = [ref for ref in tensors.values() if not ref.codec.decodable and _holds_weights(ref)]
     if stuck:
         rows = tuple((ref.name, ref.codec.name) for ref in stuck)
         raise PlanError(
@@ -39,11 +39,25 @@ def apply_format(checkpoint: Checkpoint, form: Format) -> Checkpoint:
             table=Table(("tensor", "stored as"), rows),
         )
     if form == "bf16":
-        config = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
-        config |= {key: "bfloat16" for key in ("dtype", "torch_dtype") if key in config}
+        config = in_bf16(checkpoint.config)
     else:
         config = {**checkpoint.config, "quantization_config": fp8_config(checkpoint, tensors)}
     return checkpoint.replace(tensors=tensors, config=config)
+
+
+def _holds_weights(ref: TensorRef) -> bool:
+    return not isinstance(ref.codec, Opaque) or ref.codec.weights
+
+
+def in_bf16(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config without quantization and with bf16 wherever it names a dtype, in its sections too."""
+    found: dict[str, Any] = {}
+    for key, value in config.items():
+        if key in ("dtype", "torch_dtype"):
+            found[key] = "bfloat16"
+        elif key != "quantization_config":
+            found[key] = in_bf16(value) if isinstance(value, Mapping) else value
+    return found
 
 
 def to_bf16(ref: TensorRef) -> TensorRef:
@@ -87,9 +101,6 @@ def stored_as(ref: TensorRef, codec: Codec) -> TensorRef:
 
 def fp8_config(checkpoint: Checkpoint, tensors: Mapping[str, TensorRef]) -> Mapping[str, Any]:
     """The quantization_config of fp8-block: the base's own where it is FP8, without its scale format."""
-    old = checkpoint.quantization
-    if old.get("quant_method") == "fp8":
-        return {key: value for key, value in old.items() if key != "scale_fmt"}
     if not any(isinstance(ref.codec, Fp8Block) for ref in tensors.values()):
         raise PlanError(
             f"fp8-block finds nothing to convert in {checkpoint.label}: no tensor has a role of "
@@ -104,6 +115,10 @@ def fp8_config(checkpoint: Checkpoint, tensors: Mapping[str, TensorRef]) -> Mapp
         and ref.name.endswith(".weight")
         and ref.info.role != "embedding"
     ]
+    old = checkpoint.quantization
+    if old.get("quant_method") == "fp8":
+        config = {key: value for key, value in old.items() if key != "scale_fmt"}
+        return config | ({"modules_to_not_convert": kept} if "modules_to_not_convert" in old else {})
     return {
         "activation_scheme": "dynamic",
         "fmt": "e4m3",

@@ -30,6 +30,10 @@ DTYPE_BITS: dict[str, int] = {
 }  # fmt: skip
 
 
+LARGEST_SIZE = 1 << 64
+"""No dimension and no offset is larger."""
+
+
 class Entry(NamedTuple):
     """One tensor of a header; `offset` counts from the start of the file, in bytes."""
 
@@ -124,7 +128,12 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _entry(name: str, value: Any, data_offset: int, label: str) -> Entry:
     try:
+        if not isinstance(value["shape"], list):
+            raise TypeError("its shape is no list")
+        name.encode()
         dtype, shape, (start, stop) = value["dtype"], tuple(value["shape"]), value["data_offsets"]
+        if max((*shape, start, stop)) > LARGEST_SIZE:
+            raise ValueError("a size or offset is beyond all files")
         if not all(type(n) is int and n >= 0 for n in (*shape, start, stop)):
             raise ValueError("sizes and offsets must be whole numbers of at least 0")
         nbytes = tensor_nbytes(dtype, shape)

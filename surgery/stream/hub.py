@@ -14,7 +14,7 @@ from typing import Any
 
 from surgery.errors import CheckpointError
 from surgery.stream.files import DataFile, RemoteFile, StoredTensor, natural_key
-from surgery.stream.header import tensor_nbytes
+from surgery.stream.header import DTYPE_BITS, tensor_nbytes
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,10 @@ class Located:
 def locate(model: str | Path) -> Located:
     """A local folder as it is; otherwise `repo` or `repo@revision` on the hub."""
     text = str(model)
-    path = Path(text).expanduser()
+    try:
+        path = Path(text).expanduser()
+    except RuntimeError as error:
+        raise CheckpointError(f"{text}: {error}", hint="give the path in full") from error
     if path.is_dir():
         return Located(text, path)
     if isinstance(model, Path) or path.exists() or not is_hub_id(text):
@@ -65,7 +68,12 @@ def _cached_snapshot(repo: str, revision: str | None) -> Path | None:
         return None
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        shards = set(json.loads(index.read_bytes()).get("weight_map", {}).values())
+        try:
+            shards = set(json.loads(index.read_bytes())["weight_map"].values())
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(
+                f"{index} in the local cache is damaged", hint=f"fetch it again: hf download {repo}"
+            ) from error
         return folder if all((folder / shard).is_file() for shard in shards) else None
     return folder if any(folder.glob("*.safetensors")) else None
 
@@ -73,8 +81,18 @@ def _cached_snapshot(repo: str, revision: str | None) -> Path | None:
 def _from_headers(label: str, repo: str, revision: str | None) -> Located:
     from hashlib import sha256
 
+    from httpx import HTTPError
     from huggingface_hub import HfApi, hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        NotASafetensorsRepoError,
+        SafetensorsParsingError,
+    )
+
+    failures = (
+        HfHubHTTPError, HTTPError, NotASafetensorsRepoError, SafetensorsParsingError, OSError, ValueError,
+        KeyError,
+    )  # fmt: skip
 
     api = HfApi()
     try:
@@ -88,7 +106,7 @@ def _from_headers(label: str, repo: str, revision: str | None) -> Located:
             and not item.rfilename.endswith(".index.json")
             and "/" not in item.rfilename
         }
-    except (HfHubHTTPError, OSError, ValueError) as error:
+    except failures as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(
             f"{label} is no local folder, not whole in the local cache, and the hub did not answer: {reason}",
@@ -102,6 +120,10 @@ def _from_headers(label: str, repo: str, revision: str | None) -> Located:
         files.append(file)
         for key, value in shard.tensors.items():
             dtype, shape = str(value.dtype), tuple(value.shape)
+            if dtype not in DTYPE_BITS:
+                raise CheckpointError(
+                    f"{label}: tensor {key} has the unknown dtype {dtype}", hint="update surgery"
+                )
             tensors.append(StoredTensor(key, dtype, shape, tensor_nbytes(dtype, shape), file))
     tensors.sort(key=lambda tensor: natural_key(tensor.name))
     return Located(

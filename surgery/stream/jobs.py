@@ -15,6 +15,7 @@ from math import prod
 from typing import TYPE_CHECKING, Any, Protocol
 
 from surgery.codecs.codec import matrix_shape
+from surgery.errors import CheckpointError
 from surgery.stream.checkpoint import ComputedRef, Part, ReadContext, StoredRef, TensorRef, nonfinite
 from surgery.stream.files import StoredTensor
 from surgery.stream.targets import Shard, Target
@@ -94,7 +95,7 @@ class Rows:
             raw = {part.key: donor.raw(part, self.start, self.stop, context) for part in donor.parts}
             donor.check_finite(raw, context)
         else:
-            raw = ref.codec.encode(ref.pull(self.start, self.stop, context))
+            raw = encode(ref, self.start, self.stop, context)
         for key, data in raw.items():
             write(self.offsets[key] + spans[key], data)
 
@@ -139,7 +140,7 @@ def read_ahead(tiles: Sequence[Rows]) -> dict[tuple[int, int], np.ndarray[Any, A
         for rows in tiles
         for ref in rows.ref.sources()
         for part in ref.parts
-        if part.view is None and part.stored.file is not None
+        if part.view is None and part.stored.file is not None and part.stored.nbytes
     }
     found: dict[tuple[int, int], np.ndarray[Any, Any]] = {}
     run: list[StoredTensor] = []
@@ -216,7 +217,18 @@ class SlabJob:
             raw = donor.raw(mine, 0, donor.rows)
             donor.check_finite({part.key: raw}, context)
             return raw
-        return ref.codec.encode(ref.pull(0, ref.rows, context))[part.key]
+        return encode(ref, 0, ref.rows, context)[part.key]
+
+
+def encode(ref: TensorRef, start: int, stop: int, context: ReadContext) -> dict[str, np.ndarray[Any, Any]]:
+    """Stored bytes of computed rows. Raises CheckpointError where finite values do not fit the form."""
+    raw = ref.codec.encode(ref.pull(start, stop, context))
+    if not context.allow_nonfinite and not all(ref.codec.finite(key, data) for key, data in raw.items()):
+        raise CheckpointError(
+            f"{ref.name} would hold NaN or infinity: its values do not fit {ref.codec.name}",
+            hint="write another format (output.format: bf16), or let it pass with output.allow_nonfinite",
+        )
+    return raw
 
 
 def same_bytes(donor: TensorRef, ref: TensorRef) -> bool:

@@ -25,19 +25,25 @@ class Journal:
     """An open journal in a work folder; holds the folder's lock until closed."""
 
     def __init__(self, folder: Path, fingerprint: Mapping[str, Any]) -> None:
-        self._lock = lock(folder)
         self._path = folder / NAME
         self.shards: dict[str, dict[str, Any]] = {}
         """Finished shards by file name."""
+        self._lock = lock(folder)
         try:
-            events = _read(self._path)
-            if events:
-                _compare(events[0].get("fingerprint", {}), fingerprint, folder)
-            self._file = open(self._path, "ab")
-        except BaseException:
+            self._file = open(self._path, "ab", buffering=0)
+        except OSError as error:
             os.close(self._lock)
+            raise disk_error(error, self._path) from error
+        try:
+            self._begin(fingerprint, folder)
+        except BaseException:
+            self.close()
             raise
+
+    def _begin(self, fingerprint: Mapping[str, Any], folder: Path) -> None:
+        events = read_events(self._path)
         if events:
+            _compare(events[0].get("fingerprint", {}), fingerprint, folder)
             self._cut_torn_line()
             self.shards = {each["shard"]: each for each in events if each.get("event") == "shard"}
         else:
@@ -48,7 +54,6 @@ class Journal:
         """Write one event and wait until it is on disk."""
         try:
             self._file.write(json.dumps(event, separators=(",", ":")).encode() + b"\n")
-            self._file.flush()
             os.fsync(self._file.fileno())
         except OSError as error:
             raise disk_error(error, self._path) from error
@@ -77,7 +82,8 @@ def lock(folder: Path) -> int:
     return descriptor
 
 
-def _read(path: Path) -> list[dict[str, Any]]:
+def read_events(path: Path) -> list[dict[str, Any]]:
+    """The whole events of a journal, up to the first line that is none."""
     if not path.is_file():
         return []
     events = []
@@ -85,9 +91,12 @@ def _read(path: Path) -> list[dict[str, Any]]:
         if not line.endswith(b"\n"):
             break
         try:
-            events.append(json.loads(line))
+            event = json.loads(line)
         except ValueError:
             break
+        if not isinstance(event, dict):
+            break
+        events.append(event)
     return events
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import platform
-import sys
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -24,12 +23,11 @@ SCHEMA = 1
 DISTRIBUTION = "llm-surgery"
 
 
-def tool_versions() -> dict[str, str]:
-    """Versions that results depend on; torch only where it took part."""
+def tool_versions(checkpoint: Checkpoint) -> dict[str, str]:
+    """Versions that the output depends on; torch's only where something is computed."""
     found = {"python": platform.python_version(), "surgery": tool_version()}
-    for name in ("numpy", "torch"):
-        if name in sys.modules:
-            found[name] = str(sys.modules[name].__version__)
+    if any(isinstance(ref, ComputedRef) for ref in checkpoint.tensors.values()):
+        found["torch"] = version("torch")
     return found
 
 
@@ -69,7 +67,7 @@ def build_manifest(
         cell[1] += ref.nbytes
     return {
         "schema": SCHEMA,
-        "versions": tool_versions(),
+        "versions": tool_versions(checkpoint),
         "recipe": recipe,
         "settings": settings,
         "steps": list(checkpoint.history),
@@ -85,14 +83,21 @@ def build_manifest(
         "measurements": list(measurements),
         "lineage": [lineage for _, lineage in templates.values()],
         "tensors": tensors,
-        "metrics": {name: found["metrics"] for name, found in outcomes.items() if found.get("metrics")},
+        "metrics": {
+            name: outcomes[name]["metrics"]
+            for name in checkpoint.tensors
+            if outcomes.get(name, {}).get("metrics")
+        },
         "run": dict(run),
     }
 
 
 def dump_manifest(manifest: Mapping[str, Any]) -> bytes:
     """JSON with one line per key: indenting all of it would take longer than writing many a model."""
-    lines = (f"{json.dumps(key)}: {json.dumps(value, ensure_ascii=False)}" for key, value in manifest.items())
+    lines = (
+        f"{json.dumps(key)}: {json.dumps(value, ensure_ascii=False, allow_nan=False)}"
+        for key, value in manifest.items()
+    )
     return ("{\n" + ",\n".join(lines) + "\n}\n").encode()
 
 

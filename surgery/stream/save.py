@@ -22,7 +22,7 @@ from surgery.stream.card import build_card
 from surgery.stream.checkpoint import Checkpoint, ComputedRef, Event, ReadContext
 from surgery.stream.execute import Execution, Progress
 from surgery.stream.formats import Format, apply_format
-from surgery.stream.journal import LOCK, Journal
+from surgery.stream.journal import LOCK, Journal, lock, read_events
 from surgery.stream.journal import NAME as JOURNAL
 from surgery.stream.manifest import NAME as MANIFEST
 from surgery.stream.manifest import build_manifest, dump_manifest, tool_versions
@@ -83,7 +83,9 @@ def save(checkpoint: Checkpoint, folder: Path, options: SaveOptions) -> SaveResu
     with collector_paused():
         checkpoint = apply_format(checkpoint, options.format)
         plan = survey(checkpoint, options.shard_bytes)
+    folder = Path(os.path.realpath(folder))
     work = work_folder(folder)
+    clear_leftovers(folder)
     check_output(folder, options.overwrite)
     check_apart(folder, checkpoint)
     check_readable(checkpoint)
@@ -91,36 +93,72 @@ def save(checkpoint: Checkpoint, folder: Path, options: SaveOptions) -> SaveResu
     refuse_events(checkpoint.events, options.strict)
     if any(isinstance(ref, ComputedRef) for ref in checkpoint.tensors.values()):
         import torch  # noqa: F401  (before the threads start, so that they only compute)
-    if options.fresh and work.exists():
-        shutil.rmtree(work)
-    check_disk(plan.disk_bytes - _bytes_in(work), folder)
+    check_work(work)
+    check_disk(plan.disk_bytes - (0 if options.fresh else _bytes_in(work)), folder)
     try:
         work.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise PlanError(f"cannot create {work}: {error.strerror}", hint="choose another folder") from error
+    if options.fresh:
+        clear_work(work)
     journal = Journal(work, fingerprint(checkpoint, options))
     try:
         return _write(checkpoint, folder, work, plan, journal, options)
     finally:
         journal.close()
         if folder.exists() and not work.exists():
-            (folder / LOCK).unlink(missing_ok=True)
-            (folder / JOURNAL).unlink(missing_ok=True)
+            clear_leftovers(folder)
 
 
 def work_folder(folder: Path) -> Path:
     """Where the output is put together before it is published."""
+    if not folder.name:
+        raise PlanError(f"{folder} is no name for an output", hint="give a folder that can be created")
     return folder.with_name(folder.name + ".partial")
 
 
 def check_output(folder: Path, overwrite: bool) -> None:
     """Refuse an output folder that holds something, unless it may be replaced."""
+    if folder == Path.cwd():
+        raise PlanError("the output is the current folder", hint="give a folder that can be created")
     if folder.exists() and not folder.is_dir():
         raise PlanError(f"{folder} is a file", hint="choose another output folder")
     if folder.is_dir() and any(folder.iterdir()) and not overwrite:
         raise PlanError(
             f"{folder} exists and is not empty", hint="choose another folder, or replace it with --overwrite"
         )
+
+
+def check_work(work: Path) -> None:
+    """Refuse a work folder that somebody else filled."""
+    if work.is_dir() and any(work.iterdir()) and not _is_ours(work):
+        raise PlanError(
+            f"{work} exists and holds no journal of surgery",
+            hint="move it away, or choose another output folder",
+        )
+
+
+def _is_ours(work: Path) -> bool:
+    return (work / JOURNAL).is_file() or (work / LOCK).is_file()
+
+
+def clear_work(work: Path) -> None:
+    """Empty the work folder of an earlier run, unless a process is at work in it."""
+    held = lock(work)
+    try:
+        for path in work.iterdir():
+            if path.name != LOCK:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+    finally:
+        os.close(held)
+
+
+def clear_leftovers(folder: Path) -> None:
+    """Remove the journal and the lock that a run killed just after publishing left in its output."""
+    events = read_events(folder / JOURNAL)
+    if events and events[-1].get("event") == "complete":
+        (folder / LOCK).unlink(missing_ok=True)
+        (folder / JOURNAL).unlink(missing_ok=True)
 
 
 def check_apart(folder: Path, checkpoint: Checkpoint) -> None:
@@ -162,7 +200,7 @@ def fingerprint(checkpoint: Checkpoint, options: SaveOptions) -> dict[str, Any]:
         "side_files": {
             name: sha256(path.read_bytes()).hexdigest() for name, path in checkpoint.side_files.items()
         },
-        "versions": tool_versions(),
+        "versions": tool_versions(checkpoint),
     }
 
 

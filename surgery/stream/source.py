@@ -19,18 +19,21 @@ from surgery.codecs.codec import Codec
 from surgery.codecs.fp8_block import BLOCK, Fp8Block, scale_shape
 from surgery.codecs.plain import ITEMSIZE, Opaque, Plain
 from surgery.errors import CheckpointError, Table
-from surgery.stream.checkpoint import Checkpoint, Event, Part, StoredRef
+from surgery.stream.checkpoint import Checkpoint, Event, Part, StoredRef, quantization_of
 from surgery.stream.files import DataFile, Source, StoredTensor, natural_key
 from surgery.stream.header import read_header
 from surgery.stream.hub import locate
 from surgery.stream.roles import Architecture, architecture_for
 
+_BUFFERS = frozenset({"BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64"})
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 SCALE_SUFFIX = "_scale_inv"
+_ONE_OF_SEVERAL = re.compile(r"-of-0*(\d+)\.safetensors$")
 _LEFT_BEHIND = re.compile(
     r"\.(safetensors|bin|pt|pth|gguf|onnx|msgpack|h5)$|\.index\.json$"
-    r"|^(README\.md|SHA256SUMS|surgery_(manifest\.json|recipe\.yaml|report\.html))$",
+    r"|^(README\.md|SHA256SUMS|surgery_(manifest\.json|recipe\.yaml|report\.html)"
+    r"|surgery-(journal\.jsonl|lock))$",
     re.I,
 )
 
@@ -84,7 +87,7 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_bytes())
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is no valid JSON: {error}", hint="fetch this file again") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} holds {type(value).__name__}, not a JSON object")
@@ -103,11 +106,20 @@ def read_folder(folder: Path) -> tuple[list[StoredTensor], tuple[DataFile, ...],
     present = sorted(path.name for path in folder.glob("*.safetensors"))
     if (folder / INDEX).is_file():
         weight_map = read_json(folder / INDEX).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
-            raise CheckpointError(f"{folder / INDEX} has no weight_map of tensor names to files")
+        valid = isinstance(weight_map, dict) and all(isinstance(v, str) for v in weight_map.values())
+        if not valid or not weight_map:
+            raise CheckpointError(
+                f"{folder / INDEX} has no weight_map of tensor names to files", hint="fetch this file again"
+            )
         names = sorted(set(weight_map.values()))
     elif SINGLE in present or len(present) == 1:
         weight_map, names = None, [SINGLE if SINGLE in present else present[0]]
+        part = _ONE_OF_SEVERAL.search(names[0])
+        if part and int(part[1]) > 1:
+            raise CheckpointError(
+                f"{folder} has one shard of {int(part[1])} and no {INDEX}",
+                hint="fetch the index and the other shards",
+            )
     elif present:
         raise CheckpointError(
             f"{folder} has {len(present)} safetensors files and no {INDEX}", hint="fetch the index"
@@ -192,19 +204,20 @@ def group(
 ) -> list[StoredRef]:
     """Logical refs in natural order from stored tensors in natural order."""
     tensors = {tensor.name: tensor for tensor in stored}
-    quantization = config.get("quantization_config") or {}
+    quantization = quantization_of(config)
     refs: list[StoredRef] = []
     fused: dict[str, list[Part]] = {}
     faults: list[tuple[str, str]] = []
     for name, tensor in tensors.items():
         if name.endswith(SCALE_SUFFIX) and name.removesuffix(SCALE_SUFFIX) in tensors:
             continue
-        split = architecture.split(name, tensor.shape) if architecture.fused else None
+        scale = tensors.get(name + SCALE_SUFFIX)
+        # A fused tensor with FP8 scales stays whole: its scales would need views of their own.
+        split = architecture.split(name, tensor.shape) if architecture.fused and scale is None else None
         if split is not None:
             for logical, key, view in split:
                 fused.setdefault(logical, []).append(Part(key, tensor, view))
             continue
-        scale = tensors.get(name + SCALE_SUFFIX)
         if name.endswith(SCALE_SUFFIX):
             faults.append((name, "a scale without its weight"))
         elif tensor.dtype == "F8_E4M3" and scale is None and quantization.get("quant_method") == "fp8":
@@ -234,8 +247,8 @@ def _unfused(
         return _plain_codec(tensor.dtype, quantization), (weight,), ""
     parts = (weight, Part("scale", scale, None))
     block = quantization.get("weight_block_size") or [BLOCK, BLOCK]
-    if tensor.dtype != "F8_E4M3" or len(tensor.shape) != 2 or list(block) != [BLOCK, BLOCK]:
-        return Opaque(f"{tensor.dtype} with {list(block)} scales"), parts, ""
+    if tensor.dtype != "F8_E4M3" or len(tensor.shape) != 2 or block != [BLOCK, BLOCK]:
+        return Opaque(f"{tensor.dtype} with scales of {block}"), parts, ""
     if scale.dtype not in ("F32", "F8_E8M0"):
         return Opaque(f"FP8 with {scale.dtype} scales"), parts, ""
     if scale.shape != scale_shape(tensor.shape):
@@ -249,19 +262,27 @@ def _plain_codec(dtype: str, quantization: Mapping[str, Any]) -> Codec:
     if dtype in ITEMSIZE:
         return Plain(dtype)
     method = quantization.get("quant_method")
-    return Opaque(f"{dtype} ({method})" if method else dtype)
+    whole = dtype in _BUFFERS and not method
+    return Opaque(f"{dtype} ({method})" if method else dtype, weights=not whole)
 
 
 def _fused_ref(name: str, parts: list[Part], architecture: Architecture, label: str) -> StoredRef:
     first = parts[0]
     if first.view is None:
         raise CheckpointError(f"{name} of {label} is fused without a view")
+    keys = {part.key for part in parts}
+    if keys & {"blocks", "scales"} and keys != {"blocks", "scales"}:
+        lacking = "scales" if "blocks" in keys else "blocks"
+        raise CheckpointError(
+            f"{label}: {first.stored.name} has no {lacking} beside it",
+            hint="the checkpoint is incomplete; fetch it again",
+        )
     shape = first.view.shape(first.stored.shape)
     codec: Codec
     if len(parts) == 1:
         codec = _plain_codec(first.stored.dtype, {})
         parts = [Part("weight", first.stored, first.view)]
     else:
-        codec = Opaque("MXFP4" if {part.key for part in parts} == {"blocks", "scales"} else "fused parts")
+        codec = Opaque("MXFP4")
         shape = (shape[0], prod(shape[1:]))
     return StoredRef(name, shape, architecture.info(name), codec, tuple(parts), label)

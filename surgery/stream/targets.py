@@ -74,8 +74,9 @@ def plan_targets(refs: Iterable[TensorRef]) -> list[list[Target]]:
 
 
 def _check_filled(target: Target) -> None:
-    covered = sum(TensorRef.part_nbytes(part) for _, part in target.members)
-    if covered != target.stored.nbytes:
+    places = {part.view: TensorRef.part_nbytes(part) for _, part in target.members}
+    covered = sum(places.values())
+    if covered != target.stored.nbytes or len(places) != len(target.members):
         raise CheckpointError(
             f"the experts in hand fill {covered} of the {target.stored.nbytes} bytes of {target.stored.name}",
             hint="experts of a fused tensor can only be written together",

@@ -84,6 +84,17 @@ class ShardWriter:
             self._stopped = True
             self._ready.notify_all()
 
+    def no_more(self) -> None:
+        """All jobs have run: a shard that is not complete now never will be."""
+        with self._ready:
+            if self._complete < self._nbytes:
+                self._error = SurgeryError(
+                    f"{self._path.name} lacks bytes from {self._complete} on: no job wrote them",
+                    hint="this is a fault of surgery; please report the recipe",
+                )
+                self._stopped = True
+                self._ready.notify_all()
+
     def join(self) -> None:
         self._follower.join()
         if self._error:
@@ -97,7 +108,7 @@ class ShardWriter:
                 self._finished(self._digest.hexdigest() if self._digest else None)
         except OSError as error:
             self._error = disk_error(error, self._temporary)
-        except SurgeryError as error:
+        except BaseException as error:  # noqa: BLE001  (raised by join, on the thread that waits)
             self._error = error
         finally:
             os.close(self._file)

@@ -105,7 +105,11 @@ def test_plan_reports_what_run_refuses(
         (["frobnicate"], 2, "frobnicate"),
         (["plan", "no-such-recipe"], 3, "no-such-recipe"),
         (["validate", "chimera", "--set", "steps.0.weigths.x=1"], 3, "did you mean `weights`"),
-        (["plan", "demo/chimera", "--set", "steps.0.weights.deliberate=1.5"], 3, "less than or equal|at most"),
+        (
+            ["plan", "demo/chimera", "--set", "steps.0.weights.deliberate=1.5"],
+            3,
+            "less than or equal|at most",
+        ),
         (["plan", "demo/chimera", "--set", "steps.0.select=[mtp]"], 3, "takes no tensor"),
         (["inspect", "/no/such/folder"], 4, "does not exist"),
         (["plan", "demo/chimera", "--set", "parents.terse=/no/such/folder"], 4, "does not exist"),

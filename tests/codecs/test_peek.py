@@ -15,16 +15,13 @@ from surgery.codecs.peek import e4m3_values, peek
 from surgery.codecs.plain import ITEMSIZE, Opaque, Plain
 
 SHAPES = [(1, 1), (128, 128), (129, 127), (300, 130), (192, 1100), (256, 384)]
-EMPTY = pytest.param(
-    (0,), marks=pytest.mark.xfail(strict=True, reason="no rows cannot be reshaped to (0, -1): ValueError")
-)
 Array = npt.NDArray[Any]
 
 
 def compare(codec: Codec, shape: tuple[int, ...], raw: dict[str, Array], columns: int) -> None:
     rows = shape[0] if shape else 1
     want = codec.decode(shape, 0, rows, {key: data.copy() for key, data in raw.items()}).numpy()
-    want = want.reshape(rows, -1)[:, :columns]
+    want = want.reshape(rows, want.size // rows if rows else 0)[:, :columns]
     with np.errstate(over="ignore", invalid="ignore"):
         found = peek(codec, rows, raw, columns)
     assert found is not None
@@ -35,7 +32,7 @@ def compare(codec: Codec, shape: tuple[int, ...], raw: dict[str, Array], columns
 
 
 @pytest.mark.parametrize("dtype", sorted(ITEMSIZE))
-@pytest.mark.parametrize("shape", [(), (7,), EMPTY, (300, 5), (4, 3, 5), (3, 1100)], ids=str)
+@pytest.mark.parametrize("shape", [(), (7,), (0,), (300, 5), (4, 3, 5), (3, 1100)], ids=str)
 def test_plain_dtypes_of_any_bits(dtype: str, shape: tuple[int, ...]) -> None:
     generator = np.random.default_rng(0)
     raw = generator.integers(0, 256, int(np.prod(shape)) * ITEMSIZE[dtype], dtype=np.uint8)

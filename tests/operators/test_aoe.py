@@ -342,14 +342,7 @@ def test_distances_of_what_is_copied_are_sampled_and_say_so(parents: dict[str, P
     )
 
 
-FLOAT32 = pytest.mark.xfail(
-    strict=True, reason="squares are formed in float32: 0 below 1e-23, infinite above 1e19"
-)
-
-
-@pytest.mark.parametrize(
-    "scale", [1.0, pytest.param(1e-25, marks=FLOAT32), pytest.param(1e25, marks=FLOAT32)]
-)
+@pytest.mark.parametrize("scale", [1.0, 1e-25, 1e25])
 def test_distances_of_very_small_and_very_large_weights(scale: float) -> None:
     generator = torch.Generator().manual_seed(1)
     base, other = (torch.randn(50, 40, generator=generator) * scale for _ in range(2))
@@ -365,15 +358,11 @@ def test_distances_of_zeros() -> None:
     assert distances((0.0, 0.0), 0, ["x"])["x"] == {"rms": 0.0, "relative": 0.0}
 
 
-@pytest.mark.xfail(strict=True, reason="a zero base counts as at relative distance 1, so that 2 is above it")
 def test_no_relative_threshold_is_above_the_distance_from_a_zero_base() -> None:
     found = distances(squares(torch.zeros(4), [torch.ones(4)]), 4, ["x"])["x"]
     assert found["relative"] > 2.0
 
 
-@pytest.mark.xfail(
-    strict=True, reason="the sample of an undecodable tensor asks for its spans: after hours of writing"
-)
 def test_a_parent_with_forms_that_cannot_be_decoded_can_lend_other_tensors(
     parents: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -626,9 +615,6 @@ def test_nan_in_a_parent_is_refused_by_name_or_carried_where_allowed(
     merge(pair, weights={"reasoner": 0.5}, select=["attention"]).save(tmp_path / "attention")
 
 
-@pytest.mark.xfail(
-    strict=True, reason="a finite value of a donor becomes infinity in the base's narrower dtype, silently"
-)
 def test_no_infinity_comes_into_being_unnoticed(tmp_path: Path) -> None:
     base = factories.llama(tmp_path / "base", 1, dtype=torch.float16)
     other = factories.llama(tmp_path / "other", 2)
@@ -887,9 +873,6 @@ def test_neighbours_that_lie_unaligned_in_a_file_are_read_right(tmp_path: Path) 
             assert child[name] == encoded(total, stored, name)[name]
 
 
-@pytest.mark.xfail(
-    strict=True, reason="both share a place in the file, one gets the other's bytes: never finished"
-)
 def test_an_empty_tensor_beside_another_does_not_take_its_place(tmp_path: Path) -> None:
     pair: dict[str, Path] = {}
     for number, label in enumerate(("base", "reasoner")):

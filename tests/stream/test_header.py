@@ -140,9 +140,6 @@ def test_headers_with_wrong_fields_give_an_error_of_ours(
         sound(parse(raw, nbytes), 8 + len(raw) + nbytes)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="the error's own text raises ValueError: int to str beyond 4300 digits"
-)
 def test_sizes_of_thousands_of_digits_give_an_error_of_ours() -> None:
     with pytest.raises(CheckpointError):
         parse({"a": entry("U8", [10**4000, 10**4000])}, 8)
@@ -253,15 +250,11 @@ def test_headers_longer_than_the_file_or_the_format(tmp_path: Path) -> None:
         read_header(tmp_path)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="a name with a lone surrogate passes, and breaks when it is written again"
-)
 def test_names_that_are_no_text_are_refused() -> None:
     with pytest.raises(CheckpointError):
         parse(b'{"\\ud800":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}', 1)
 
 
-@pytest.mark.xfail(strict=True, reason='"shape": "" passes as a scalar')
 def test_a_shape_that_is_no_list_is_refused() -> None:
     with pytest.raises(CheckpointError):
         parse({"a": {"dtype": "U8", "shape": "", "data_offsets": [0, 1]}}, 1)

@@ -219,7 +219,6 @@ def test_kills_come_at_every_stage(killed: dict[str, dict[str, dict[str, Any]]])
     assert counts == set(range(SHARDS + 1))
 
 
-@pytest.mark.xfail(strict=True, reason="journal and lock stay in the output, and the same call refuses it")
 def test_killed_right_after_publishing_the_output_is_whole_and_clean(
     killed: dict[str, dict[str, dict[str, Any]]], whole: dict[str, dict[str, str]]
 ) -> None:
@@ -369,9 +368,6 @@ def test_texts_of_a_resumed_run_are_those_of_today(
     check_written(result.folder, child(copies, "half").tensors)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="whether torch happens to be loaded is part of the fingerprint of a pure copy"
-)
 def test_a_copy_resumes_whatever_else_the_process_has_loaded(
     parents: dict[str, Path], whole: dict[str, dict[str, str]], tmp_path: Path
 ) -> None:
@@ -399,7 +395,8 @@ def test_a_copy_resumes_whatever_else_the_process_has_loaded(
     )  # fmt: skip
     assert done.returncode == -9, done.stderr.decode()
     result = child(parents, "chimera").save(tmp_path / "out", shard_bytes=SHARD)
-    assert len(result.manifest["run"]["resumed_shards"]) == 1
+    # Others may have been journaled by their own threads before the signal came.
+    assert len(result.manifest["run"]["resumed_shards"]) >= 1
     assert file_hashes(result.folder) == whole["chimera"]
 
 
@@ -435,10 +432,8 @@ def test_journals_with_damage_cost_shards_and_never_truth(
     "first", [b"3\n", b"[]\n", b"\0\0\0\0\n", b"{}\n", b'{"event": "start", "fingerprint": 3}\n']
 )
 def test_a_journal_that_is_none_is_refused_or_replaced(
-    parents: dict[str, Path], tmp_path: Path, first: bytes, request: pytest.FixtureRequest
+    parents: dict[str, Path], tmp_path: Path, first: bytes
 ) -> None:
-    if first in (b"3\n", b"[]\n"):
-        request.applymarker(pytest.mark.xfail(strict=True, reason="AttributeError"))
     (tmp_path / "out.partial").mkdir()
     (tmp_path / "out.partial" / journal_module.NAME).write_bytes(first)
     try:

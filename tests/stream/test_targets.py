@@ -149,7 +149,6 @@ def test_fused_tensors_with_experts_missing_are_refused() -> None:
         plan_targets([expert(0, 2, "a")])
 
 
-@pytest.mark.xfail(strict=True, reason="bytes are counted, places are not: expert 0 twice fills for expert 1")
 def test_fused_tensors_with_an_expert_twice_are_refused() -> None:
     with pytest.raises(CheckpointError):
         plan_targets([expert(0, 2, "a"), expert(0, 2, "a")])

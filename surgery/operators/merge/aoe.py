@@ -23,7 +23,7 @@ from pydantic import Field, ValidationInfo, field_validator
 
 from surgery.errors import CheckpointError, RecipeError, Table
 from surgery.operators.merge.compatible import check_parents, config_events, join_inputs
-from surgery.operators.merge.distances import distances, sample_distances, squares
+from surgery.operators.merge.distances import as_json, distances, sample_distances, squares
 from surgery.operators.merge.weights import (
     Anchors,
     Entry,
@@ -90,7 +90,8 @@ class Assembly:
             for index, part in enumerate(squares(base, others)):
                 totals[index] += part
         metrics = self.metrics(tuple(totals), inputs[0].numel)
-        gap = max(metrics["distance"][label][self.norm] for label in self.labels)
+        found = distances(tuple(totals), inputs[0].numel, self.labels)
+        gap = max(found[label][self.norm] for label in self.labels)
         if gap <= self.threshold:
             return Decision(0, "distance within the threshold", metrics)
         if 1.0 in self.weights:
@@ -102,7 +103,7 @@ class Assembly:
         return weighted_sum(tiles, self.weights), sums
 
     def metrics(self, sums: Sums, numel: int) -> dict[str, Any]:
-        return {"weights": numel, "distance": distances(sums, numel, self.labels)}
+        return {"weights": numel, "distance": as_json(distances(sums, numel, self.labels))}
 
     def lineage(self) -> dict[str, Any]:
         return {"op": AssemblyOfExperts.op, "weights": list(self.weights), "threshold": self.threshold}
@@ -133,7 +134,7 @@ class AssemblyOfExperts(Operator):
     base: str
     weights: dict[str, Weight | Anchors]
     select: tuple[Entry | Rule, ...] = ("all",)
-    threshold: float = Field(default=0.0, ge=0.0)
+    threshold: float = Field(default=0.0, ge=0.0, allow_inf_nan=False)
     norm: Norm = "rms"
 
     @field_validator("select", mode="before", json_schema_input_type=Entry | Rule | tuple[Entry | Rule, ...])

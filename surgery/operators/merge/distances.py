@@ -9,9 +9,9 @@ sample of rows, read with NumPy alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from math import sqrt
+from math import inf, isfinite, sqrt
 from typing import TYPE_CHECKING, Any
 
 from surgery.codecs.peek import peek
@@ -20,6 +20,8 @@ from surgery.stream.checkpoint import StoredRef, Sums, TensorRef
 if TYPE_CHECKING:
     import torch
 
+SMALLEST_SQUARES = 1e-30
+"""Mean square below which float32 products may have lost digits; such tiles are summed in float64."""
 SAMPLED_TENSORS = 4
 """Tensors of a layer and role that a sample looks into."""
 SAMPLED_ROWS, SAMPLED_COLUMNS = 128, 1024
@@ -30,11 +32,23 @@ def squares(base: torch.Tensor, others: Sequence[torch.Tensor]) -> Sums:
     return (_square_sum(base), *(_square_sum(base - other) for other in others))
 
 
+def as_json(found: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float | None]]:
+    """Distances for a manifest; None stands for what is not finite, which JSON has no word for."""
+    return {
+        label: {key: value if isfinite(value) else None for key, value in each.items()}
+        for label, each in found.items()
+    }
+
+
 def _square_sum(values: torch.Tensor) -> float:
     import torch
 
     flat = values.reshape(-1)
-    return float((flat * flat).sum(dtype=torch.float64))
+    found = float((flat * flat).sum(dtype=torch.float64))
+    if SMALLEST_SQUARES * flat.numel() < found < inf or not flat.numel():
+        return found
+    wide = flat.double()
+    return float((wide * wide).sum())
 
 
 def distances(sums: Sums, numel: int, labels: Sequence[str]) -> dict[str, dict[str, float]]:
@@ -43,7 +57,7 @@ def distances(sums: Sums, numel: int, labels: Sequence[str]) -> dict[str, dict[s
     return {
         label: {
             "rms": sqrt(difference / numel) if numel else 0.0,
-            "relative": sqrt(difference / norm) if norm else (1.0 if difference else 0.0),
+            "relative": sqrt(difference / norm) if norm else (inf if difference else 0.0),
         }
         for label, difference in zip(labels, differences, strict=True)
     }
@@ -73,7 +87,7 @@ class SampledDistance:
             difference += float((gap * gap).sum())
             norm += float((left.astype("float64") ** 2).sum())
             count += left.size
-        found = distances((norm, difference), count, (self.parent,))[self.parent]
+        found = as_json(distances((norm, difference), count, (self.parent,)))[self.parent]
         return {
             "kind": "parent distance",
             "parent": self.parent,
@@ -100,7 +114,9 @@ def sample_distances(
     """Probes over (base, other) pairs of stored tensors of equal shape, by layer and role."""
     groups: dict[tuple[int | None, str, bool], list[tuple[StoredRef, StoredRef]]] = {}
     for base, other in pairs:
-        if isinstance(base, StoredRef) and isinstance(other, StoredRef) and base.codec.decodable:
+        if not (isinstance(base, StoredRef) and isinstance(other, StoredRef)):
+            continue
+        if base.codec.decodable and other.codec.decodable:
             key = (base.info.layer, base.info.role, base.info.mtp)
             groups.setdefault(key, []).append((base, other))
     return tuple(SampledDistance(parent, *key, tuple(found)) for key, found in groups.items())

@@ -77,7 +77,7 @@ class Rule(BaseModel):
     match: Annotated[str, AfterValidator(check_pattern)] | None = None
     layers: Annotated[str, BeforeValidator(check_layers, json_schema_input_type=str | int)] | None = None
     weights: dict[str, Weight | Anchors] | None = None
-    threshold: float | None = Field(default=None, ge=0.0)
+    threshold: float | None = Field(default=None, ge=0.0, allow_inf_nan=False)
 
     @field_validator("weights")
     @classmethod
