@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from surgery.cli.options import Json, Quiet
+from surgery.cli.options import Json, Quiet, Threads
 from surgery.cli.render import Output
 
 
@@ -38,7 +38,15 @@ def evaluate(
         ),
     ] = None,
     tag: Annotated[str, typer.Option("--tag", help="Tag whose share of replies is counted.")] = "<think>",
+    bos: Annotated[
+        bool | None,
+        typer.Option("--bos/--no-bos", help="Begin with the start token (default: as the model says)."),
+    ] = None,
     device: Annotated[str, typer.Option("--device", help="cpu or cuda.")] = "cpu",
+    dtype: Annotated[
+        str | None, typer.Option("--dtype", help="Compute dtype (default: float32 on cpu, bfloat16 on cuda).")
+    ] = None,
+    threads: Threads = None,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run code that the model ships.")
     ] = False,
@@ -52,8 +60,8 @@ def evaluate(
     with output.progress() as tell:
         found = measure(
             models, tasks=tasks, text=text, parent=parent, limit=limit, max_new_tokens=max_new_tokens,
-            context=context, answer=answer, tag=tag, device=device, trust_remote_code=trust_remote_code,
-            progress=tell,
+            context=context, answer=answer, tag=tag, add_bos=bos, device=device, dtype=dtype, threads=threads,
+            trust_remote_code=trust_remote_code, progress=tell,
         )  # fmt: skip
     if json:
         output.document(found.as_dict())

@@ -80,10 +80,10 @@ class RemoteFile(DataFile):
 
     readable = False
 
-    def __init__(self, name: str, header_hash: str, label: str) -> None:
+    def __init__(self, name: str, header_hash: str, label: str, size: int) -> None:
         self.path = Path(name)
         self.name = name
-        self.size = 0
+        self.size = size
         self.mtime_ns = 0
         self.header_hash = header_hash
         self.label = label

@@ -106,17 +106,19 @@ def _from_headers(label: str, repo: str, revision: str | None) -> Located:
             and not item.rfilename.endswith(".index.json")
             and "/" not in item.rfilename
         }
+        config = json.loads(side["config.json"].read_bytes()) if "config.json" in side else {}
     except failures as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(
             f"{label} is no local folder, not whole in the local cache, and the hub did not answer: {reason}",
             hint=f"check the name and the network (HF_ENDPOINT, HF_TOKEN), or: hf download {repo}",
         ) from error
-    config = json.loads(side.pop("config.json").read_bytes()) if "config.json" in side else {}
     tensors, files = [], []
     for name, shard in metadata.files_metadata.items():
         described = {key: (value.dtype, list(value.shape)) for key, value in shard.tensors.items()}
-        file = RemoteFile(name, sha256(json.dumps(described, sort_keys=True).encode()).hexdigest(), label)
+        digest = sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
+        size = sum(value.data_offsets[1] - value.data_offsets[0] for value in shard.tensors.values())
+        file = RemoteFile(name, digest, label, size)
         files.append(file)
         for key, value in shard.tensors.items():
             dtype, shape = str(value.dtype), tuple(value.shape)

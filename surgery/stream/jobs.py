@@ -114,7 +114,11 @@ class TileJob:
 
     @property
     def peak_bytes(self) -> int:
-        return max(tile_bytes(rows.ref, rows.stop - rows.start) for rows in self.tiles)
+        largest = max(tile_bytes(rows.ref, rows.stop - rows.start) for rows in self.tiles)
+        if len(self.tiles) == 1:
+            return largest
+        ahead = sum(source.nbytes for rows in self.tiles for source in rows.ref.sources())
+        return largest + ahead + sum(rows.ref.nbytes for rows in self.tiles)
 
     def run(self, write: Write, context: ReadContext) -> None:
         if len(self.tiles) == 1:

@@ -303,7 +303,7 @@ def _write_bytes(path: Path, data: bytes) -> None:
 
 def _publish(work: Path, folder: Path) -> None:
     """Give the finished work folder the output's name; what it replaces goes last."""
-    replaced = folder.with_name(folder.name + ".replaced")
+    replaced = folder.with_name(folder.name + ".surgery-replaced")
     if folder.exists() and any(folder.iterdir()):
         if replaced.exists():
             shutil.rmtree(replaced)
