@@ -115,18 +115,17 @@ def _from_headers(label: str, repo: str, revision: str | None) -> Located:
         ) from error
     tensors, files = [], []
     for name, shard in metadata.files_metadata.items():
-        described = {key: (value.dtype, list(value.shape)) for key, value in shard.tensors.items()}
-        digest = sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
-        size = sum(value.data_offsets[1] - value.data_offsets[0] for value in shard.tensors.values())
-        file = RemoteFile(name, digest, label, size)
-        files.append(file)
-        for key, value in shard.tensors.items():
-            dtype, shape = str(value.dtype), tuple(value.shape)
+        described = {key: (str(value.dtype), tuple(value.shape)) for key, value in shard.tensors.items()}
+        for key, (dtype, _) in described.items():
             if dtype not in DTYPE_BITS:
                 raise CheckpointError(
                     f"{label}: tensor {key} has the unknown dtype {dtype}", hint="update surgery"
                 )
-            tensors.append(StoredTensor(key, dtype, shape, tensor_nbytes(dtype, shape), file))
+        sizes = {key: tensor_nbytes(*each) for key, each in described.items()}
+        digest = sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
+        file = RemoteFile(name, digest, label, sum(sizes.values()))
+        files.append(file)
+        tensors += [StoredTensor(key, *each, sizes[key], file) for key, each in described.items()]
     tensors.sort(key=lambda tensor: natural_key(tensor.name))
     return Located(
         label, None, commit, config, tensors, tuple(files), side,
