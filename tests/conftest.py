@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import factories
 import pytest
 import torch
+from tiny_models import Build, build_model
 
 # The tensors are small: a second thread costs more than it brings, ten times as much on a busy machine.
 torch.set_num_threads(1)
@@ -21,3 +23,13 @@ def parents(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "reasoner": factories.deepseek_v3(folder / "reasoner", 2, base=1, delta=0.3),
         "third": factories.deepseek_v3(folder / "third", 3, base=1, delta=0.6),
     }
+
+
+@pytest.fixture
+def build(tmp_path: Path) -> Build:
+    """build(family, seed, **config): the folder of a tiny model, in this test's own folder."""
+
+    def make(family: str, seed: int = 0, **config: Any) -> Path:
+        return build_model(tmp_path / f"{family}-{seed}", family, seed, **config)
+
+    return make

@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from surgery.calibrate.tokenizer import Tokenizer, load_tokenizer
 from surgery.errors import UsageError
 from surgery.evaluate.perplexity import CONTEXT, Document, windows
-from surgery.evaluate.tokenizer import Tokenizer, load_tokenizer
 from surgery.stream.source import open_checkpoint
 
 if TYPE_CHECKING:

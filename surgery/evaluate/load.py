@@ -13,23 +13,20 @@ dtype, for mixtures of experts up to twice that while transformers stacks the ex
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from surgery.errors import CheckpointError, Table, UsageError
-from surgery.evaluate.state import Progress, decode_state, left_out, missing_experts, shape_state
-from surgery.evaluate.tokenizer import side_folder
+from surgery.calibrate.skeleton import build_skeleton, placement, quiet_transformers
+from surgery.calibrate.state import Progress, decode_state, left_out, missing_experts, shape_state
+from surgery.calibrate.tokenizer import side_folder
+from surgery.errors import CheckpointError, Table
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
     from surgery.stream.checkpoint import Checkpoint
-
-DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
@@ -66,7 +63,7 @@ def load_model(
     """
     place, compute = placement(device, dtype)
     with side_folder(checkpoint) as folder, quiet_transformers():
-        skeleton = _skeleton(checkpoint, folder, trust_remote_code)
+        skeleton = build_skeleton(checkpoint, folder, trust_remote_code)
         _refuse(checkpoint, [(name, "missing") for name in missing_experts(checkpoint)])
         state = decode_state(checkpoint, compute, progress, stage)
         model, info = _fill(checkpoint, skeleton, state, dtype=compute)
@@ -88,7 +85,7 @@ def unplaced_keys(
     import torch
 
     with side_folder(checkpoint) as folder, quiet_transformers():
-        skeleton = _skeleton(checkpoint, folder, trust_remote_code)
+        skeleton = build_skeleton(checkpoint, folder, trust_remote_code)
         holes = missing_experts(checkpoint)
         if holes:
             return holes, ()
@@ -96,47 +93,6 @@ def unplaced_keys(
         _, info = _fill(checkpoint, skeleton, state, dtype=torch.float32, device_map={"": "meta"})
     misshapen = [_mismatch(each) for each in info["mismatched_keys"]]
     return tuple(sorted(info["missing_keys"])), tuple(sorted([*info["unexpected_keys"], *misshapen]))
-
-
-def placement(device: str, dtype: str | None) -> tuple[torch.device, torch.dtype]:
-    """Where and in what to compute; UsageError for what torch or this machine does not have."""
-    import torch
-
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        place = torch.device(device)
-    except RuntimeError as error:
-        raise UsageError(f"no such device: {device}", hint="use cpu, cuda or auto") from error
-    if place.type == "cuda" and not torch.cuda.is_available():
-        raise UsageError("this machine has no GPU that torch can use", hint="use the device cpu")
-    name = dtype or ("float32" if place.type == "cpu" else "bfloat16")
-    if name not in DTYPES:
-        raise UsageError(f"no such compute dtype: {name}", hint=f"use one of {', '.join(DTYPES)}")
-    return place, cast("torch.dtype", getattr(torch, name))
-
-
-def _skeleton(checkpoint: Checkpoint, folder: Path, trust_remote_code: bool) -> PreTrainedModel:
-    """The model on the meta device, for its class: AutoModel itself takes no state dict without a path."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        with torch.device("meta"):
-            return cast(
-                "PreTrainedModel",
-                AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code),
-            )
-    except (OSError, ValueError, KeyError, TypeError, ImportError, AttributeError) as error:
-        needs_code = "auto_map" in checkpoint.config and not trust_remote_code
-        raise CheckpointError(
-            f"transformers cannot build {checkpoint.label} (model_type "
-            f"{checkpoint.config.get('model_type')!r}): {error}",
-            hint="it may need the code that comes with it; read that code, then allow remote code"
-            if needs_code
-            else "check config.json, or use a version of transformers that knows this architecture",
-        ) from error
 
 
 def _fill(
@@ -191,19 +147,3 @@ def _declared_superfluous(model: PreTrainedModel, state: Mapping[str, Any]) -> t
     return tuple(
         name for name in state if name not in known and any(re.search(each, name) for each in patterns)
     )
-
-
-@contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Without transformers' own progress bar and warnings: what they would say is returned or raised."""
-    from transformers.utils import logging
-
-    verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bar:
-            logging.enable_progress_bar()

@@ -17,15 +17,15 @@ from math import exp
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from surgery.calibrate.lines import read_lines, read_object
 from surgery.errors import CheckpointError, UsageError
 from surgery.evaluate.intervals import Mean
-from surgery.evaluate.tasks import read_lines, read_object
 
 if TYPE_CHECKING:
     import torch
 
+    from surgery.calibrate.tokenizer import Tokenizer
     from surgery.evaluate.load import LoadedModel
-    from surgery.evaluate.tokenizer import Tokenizer
 
 CONTEXT = 512
 """Tokens in a window unless the caller or the model says otherwise."""

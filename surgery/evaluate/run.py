@@ -14,16 +14,17 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING
 
+from surgery.calibrate.skeleton import placement
+from surgery.calibrate.state import Progress
+from surgery.calibrate.threads import torch_threads
 from surgery.errors import UsageError
 from surgery.evaluate.candidates import Candidate, check_comparable, prepare, shared_context, with_windows
 from surgery.evaluate.divergence import Divergence, window_divergence
 from surgery.evaluate.greedy import BATCH_SIZE, replies
-from surgery.evaluate.load import LoadedModel, load_model, placement
+from surgery.evaluate.load import LoadedModel, load_model
 from surgery.evaluate.perplexity import Perplexity, logits_of, read_documents, window_nll
-from surgery.evaluate.state import Progress
 from surgery.evaluate.table import Evaluation, ModelScore, Settings
 from surgery.evaluate.tasks import Problem, Reply, compile_pattern, judge, read_problems, score
-from surgery.evaluate.threads import torch_threads
 
 if TYPE_CHECKING:
     from surgery.evaluate.candidates import Model

@@ -7,13 +7,13 @@ stripped; a pattern of the user's replaces that by group 1 of its last match.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from surgery.calibrate.lines import read_lines, read_object
 from surgery.errors import UsageError
 from surgery.evaluate.intervals import Mean, Share
 
@@ -88,27 +88,6 @@ def read_problems(path: Path, limit: int | None = None) -> tuple[Problem, ...]:
     if not problems:
         raise UsageError(f"{path} holds no problems", hint='one per line: {"prompt": "…", "answer": "…"}')
     return tuple(problems)
-
-
-def read_lines(path: Path) -> list[str]:
-    """Lines of a UTF-8 file, split at line feeds alone; UsageError where it cannot be read."""
-    try:
-        return path.read_text(encoding="utf-8").split("\n")
-    except OSError as error:
-        raise UsageError(f"cannot read {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{path} is no UTF-8 text: {error}") from error
-
-
-def read_object(line: str, where: str) -> dict[str, Any]:
-    """One line of a JSONL file; UsageError with its file and line where it holds no object."""
-    try:
-        found = json.loads(line)
-    except ValueError as error:
-        raise UsageError(f"{where}: no valid JSON: {error}", hint="one JSON object per line") from error
-    if not isinstance(found, dict):
-        raise UsageError(f"{where}: {type(found).__name__}, not a JSON object")
-    return found
 
 
 def _problem(line: str, where: str) -> Problem:

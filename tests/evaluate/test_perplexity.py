@@ -11,6 +11,7 @@ import torch
 from tiny_models import Build
 from transformers import AutoModelForCausalLM
 
+from surgery.calibrate.tokenizer import load_tokenizer
 from surgery.errors import CheckpointError, UsageError
 from surgery.evaluate.divergence import Divergence, window_divergence
 from surgery.evaluate.load import load_model
@@ -22,7 +23,6 @@ from surgery.evaluate.perplexity import (
     window_nll,
     windows,
 )
-from surgery.evaluate.tokenizer import load_tokenizer
 from surgery.stream.source import open_checkpoint
 
 TEXT = "It was a bright cold day in April, and the clocks were striking thirteen. " * 3

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from tiny_models import TEMPLATE, Build, write_tokenizer
 
+from surgery.calibrate.tokenizer import load_tokenizer
 from surgery.errors import CheckpointError
-from surgery.evaluate.tokenizer import load_tokenizer
 from surgery.stream.source import open_checkpoint
 
 

@@ -93,7 +93,7 @@ def side_folder(checkpoint: Checkpoint) -> Iterator[Path]:
     lie in several places and its config may be of an operator's making.
     """
     config = unquantized(checkpoint.config)
-    with tempfile.TemporaryDirectory(prefix="surgery-eval-") as name:
+    with tempfile.TemporaryDirectory(prefix="surgery-side-") as name:
         folder = Path(name)
         for relative, path in checkpoint.side_files.items():
             target = folder / relative
