@@ -36,8 +36,14 @@ def placement(device: str, dtype: str | None) -> tuple[torch.device, torch.dtype
     return place, cast("torch.dtype", getattr(torch, name))
 
 
-def build_skeleton(checkpoint: Checkpoint, folder: Path, trust_remote_code: bool) -> PreTrainedModel:
-    """The model on the meta device, for its class: AutoModel itself takes no state dict without a path."""
+def build_skeleton(
+    checkpoint: Checkpoint, folder: Path, trust_remote_code: bool, dtype: torch.dtype | None = None
+) -> PreTrainedModel:
+    """The model on the meta device, its parameters in `dtype` (default: as config.json says).
+
+    `folder` holds the checkpoint's side files, see `side_folder`. Raises CheckpointError where transformers
+    cannot build it.
+    """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -46,7 +52,9 @@ def build_skeleton(checkpoint: Checkpoint, folder: Path, trust_remote_code: bool
         with torch.device("meta"):
             return cast(
                 "PreTrainedModel",
-                AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code),
+                AutoModelForCausalLM.from_config(
+                    config, trust_remote_code=trust_remote_code, **({"dtype": dtype} if dtype else {})
+                ),
             )
     except (OSError, ValueError, KeyError, TypeError, ImportError, AttributeError) as error:
         needs_code = "auto_map" in checkpoint.config and not trust_remote_code

@@ -6,12 +6,14 @@ those that transformers converts from. MTP layers are left out: transformers doe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING, Any, cast
 
+from surgery.codecs.fp8_block import BLOCK, Fp8Block, scale_blocks
 from surgery.errors import CheckpointError, Table
+from surgery.stream.checkpoint import StoredRef
 
 if TYPE_CHECKING:
     import torch
@@ -38,35 +40,40 @@ def left_out(checkpoint: Checkpoint) -> tuple[str, ...]:
     return tuple(name for name, ref in checkpoint.tensors.items() if ref.info.mtp)
 
 
-def places(checkpoint: Checkpoint) -> Iterator[Place]:
-    """One place for every tensor that is not left out. Raises CheckpointError for stored forms that cannot
-    be decoded, and where a fused tensor lacks some of its experts."""
-    wanted = {name: ref for name, ref in checkpoint.tensors.items() if not ref.info.mtp}
-    opaque = [(name, ref.codec.name) for name, ref in wanted.items() if not ref.codec.decodable]
+def places(refs: Iterable[TensorRef], label: str) -> Iterator[Place]:
+    """One place for each tensor. Raises CheckpointError for stored forms that cannot be decoded, and where a
+    fused tensor lacks some of its experts; `label` is what messages call the checkpoint."""
+    wanted = list(refs)
+    opaque = [(ref.name, ref.codec.name) for ref in wanted if not ref.codec.decodable]
     if opaque:
         raise CheckpointError(
-            f"{checkpoint.label} cannot be loaded: {len(opaque)} tensors are stored as {opaque[0][1]}, "
+            f"{label} cannot be loaded: {len(opaque)} tensors are stored as {opaque[0][1]}, "
             f"first {opaque[0][0]}",
             hint="use a version of it in bf16, fp16, fp32 or FP8 blocks",
             table=Table(("tensor", "stored as"), tuple(opaque)),
         )
     filled: dict[str, int] = {}
-    fused = {name: ref for name, ref in wanted.items() if ref.is_view}
-    for ref in fused.values():
-        stored = ref.parts[0].stored.name
-        filled[stored] = filled.get(stored, 0) + ref.numel
-    for name, ref in wanted.items():
-        if name not in fused:
-            yield Place(name, ref.shape, None, ref)
+    for ref in wanted:
+        if ref.is_view:
+            stored = ref.parts[0].stored.name
+            filled[stored] = filled.get(stored, 0) + ref.numel
+    for ref in wanted:
+        if not ref.is_view:
+            yield Place(ref.name, ref.shape, None, ref)
             continue
         part = ref.parts[0]
         if filled[part.stored.name] != prod(part.stored.shape):
             raise CheckpointError(
-                f"{checkpoint.label} holds {filled[part.stored.name]} of the {prod(part.stored.shape)} "
+                f"{label} holds {filled[part.stored.name]} of the {prod(part.stored.shape)} "
                 f"weights of {part.stored.name}",
                 hint="experts of this layer are gone, but not from the tensor that is to hold them",
             )
         yield Place(part.stored.name, part.stored.shape, part.view, ref)
+
+
+def used(checkpoint: Checkpoint) -> list[TensorRef]:
+    """The tensors that are not left out."""
+    return [ref for ref in checkpoint.tensors.values() if not ref.info.mtp]
 
 
 def missing_experts(checkpoint: Checkpoint) -> tuple[str, ...]:
@@ -93,25 +100,41 @@ def shape_state(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
     """The state dict on the meta device: names and shapes, nothing read."""
     import torch
 
-    return {place.name: torch.empty(place.shape, device="meta") for place in places(checkpoint)}
+    return {
+        place.name: torch.empty(place.shape, device="meta")
+        for place in places(used(checkpoint), checkpoint.label)
+    }
 
 
 def decode_state(
     checkpoint: Checkpoint, dtype: torch.dtype, progress: Progress | None = None, stage: str = "load"
 ) -> dict[str, torch.Tensor]:
-    """The state dict in `dtype`.
+    """The state dict of a whole checkpoint in `dtype`, on the CPU."""
+    return decode_refs(used(checkpoint), dtype, checkpoint.label, progress=progress, stage=stage)
+
+
+def decode_refs(
+    refs: Iterable[TensorRef],
+    dtype: torch.dtype,
+    label: str,
+    *,
+    device: torch.device | None = None,
+    progress: Progress | None = None,
+    stage: str = "load",
+) -> dict[str, torch.Tensor]:
+    """Decoded tensors in `dtype`, under the names that they have on disk.
 
     Tensors stored in float32 stay in it, so that transformers can keep those that it wants so (router
     biases).
     """
     import torch
 
-    found = list(places(checkpoint))
+    found = list(places(refs, label))
     state: dict[str, torch.Tensor] = {}
     for done, place in enumerate(found, start=1):
         form = torch.float32 if place.ref.codec.name == "f32" else dtype
         if place.view is None:
-            state[place.name] = decode(place.ref, form)
+            state[place.name] = decode(place.ref, form, device)
         else:
             if place.name not in state:
                 state[place.name] = torch.empty(place.shape, dtype=form)
@@ -124,13 +147,101 @@ def decode_state(
     return state
 
 
-def decode(ref: TensorRef, dtype: torch.dtype) -> torch.Tensor:
-    """The whole tensor in `dtype`, read tile by tile so that no float32 copy of it is needed."""
+def decode(ref: TensorRef, dtype: torch.dtype, device: torch.device | None = None) -> torch.Tensor:
+    """The whole tensor in `dtype` on `device` (default: the CPU).
+
+    A tensor as it lies in a parent travels to another device as stored and is decoded there; anything else
+    is computed on the CPU tile by tile, so that no float32 copy of it is needed.
+    """
     import torch
 
+    if device is not None and device.type != "cpu":
+        form = stored_form(ref, dtype)
+        return form.to(device).values(dtype).view(ref.shape)
     whole = torch.empty(ref.shape, dtype=dtype)
     if ref.numel:
         rows = whole.view(ref.rows, -1)
         for start, stop in ref.tiles():
             rows[start:stop] = ref.read(slice(start, stop)).view(stop - start, -1)
     return whole
+
+
+@dataclass(frozen=True)
+class StoredForm:
+    """A matrix on its way to the device that computes: FP8 codes with their block scales, or values.
+
+    codes [R, C] uint8 with scales [⌈R/128⌉, ⌈C/128⌉] float32, or `plain` of any shape; the others are None.
+    """
+
+    codes: torch.Tensor | None
+    scales: torch.Tensor | None
+    plain: torch.Tensor | None
+
+    @property
+    def nbytes(self) -> int:
+        return sum(each.nbytes for each in self._tensors())
+
+    def _tensors(self) -> tuple[torch.Tensor, ...]:
+        return tuple(each for each in (self.codes, self.scales, self.plain) if each is not None)
+
+    def to(self, device: torch.device) -> StoredForm:
+        """On another device; from pinned memory the copy does not wait."""
+        moved = (
+            each if each is None else each.to(device, non_blocking=True)
+            for each in (self.codes, self.scales, self.plain)
+        )  # fmt: skip
+        return StoredForm(*moved)
+
+    def pinned(self) -> StoredForm:
+        """In page-locked host memory."""
+        moved = (
+            each if each is None else each.pin_memory() for each in (self.codes, self.scales, self.plain)
+        )
+        return StoredForm(*moved)
+
+    def record(self, stream: torch.cuda.Stream) -> None:
+        """Keep the memory until `stream` has come to this point."""
+        for each in self._tensors():
+            each.record_stream(stream)
+
+    def values(self, dtype: torch.dtype) -> torch.Tensor:
+        """Decoded into `dtype`, where it lies."""
+        if self.plain is not None:
+            return self.plain.to(dtype)
+        if self.codes is None or self.scales is None:
+            raise TypeError("FP8 codes without scales")
+        return decode_blocks(self.codes, self.scales, dtype)
+
+    @classmethod
+    def stack(cls, forms: list[StoredForm]) -> StoredForm | None:
+        """Matrices under one another in one form; None where their forms or blocks do not allow it."""
+        import torch
+
+        plain = [each.plain for each in forms if each.plain is not None]
+        if len(plain) == len(forms):
+            return cls(None, None, torch.cat(plain))
+        codes = [each.codes for each in forms if each.codes is not None]
+        scales = [each.scales for each in forms if each.scales is not None]
+        if len(codes) == len(forms) and all(each.shape[0] % BLOCK == 0 for each in codes[:-1]):
+            return cls(torch.cat(codes), torch.cat(scales), None)
+        return None
+
+
+def decode_blocks(codes: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """e4m3 codes [R, C] (uint8) times their 128×128 block scales, in float32, rounded once to `dtype`."""
+    import torch
+
+    values = codes.view(torch.float8_e4m3fn).to(torch.float32)
+    return scale_blocks(values, scales).to(dtype)
+
+
+def stored_form(ref: TensorRef, dtype: torch.dtype) -> StoredForm:
+    """A tensor as it is best carried to a device: stored codes as they are, anything else in `dtype`."""
+    import torch
+
+    if isinstance(ref, StoredRef) and isinstance(ref.codec, Fp8Block) and not ref.is_view:
+        raw = {part.key: torch.from_numpy(ref.raw(part, 0, ref.rows)) for part in ref.parts}
+        scales = ref.codec.scales(raw["scale"].numpy(), ref.shape)
+        return StoredForm(raw["weight"].view(ref.shape), scales, None)
+    kept = torch.float32 if ref.codec.name == "f32" else dtype
+    return StoredForm(None, None, decode(ref, kept))

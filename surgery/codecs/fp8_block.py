@@ -70,9 +70,10 @@ class Fp8Block:
 
         codes = torch.from_numpy(raw["weight"]).to(torch.int32)
         values = _e4m3_values().index_select(0, codes).view(stop - start, shape[1])
-        return scale_blocks(values, self._scales(raw["scale"], shape))
+        return scale_blocks(values, self.scales(raw["scale"], shape))
 
-    def _scales(self, raw: np.ndarray[Any, Any], shape: tuple[int, ...]) -> torch.Tensor:
+    def scales(self, raw: np.ndarray[Any, Any], shape: tuple[int, ...]) -> torch.Tensor:
+        """float32 scales [blocks, ⌈cols/128⌉] from their stored bytes."""
         import torch
 
         bits = torch.from_numpy(raw)

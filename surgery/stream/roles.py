@@ -7,6 +7,7 @@ data: architectures/*.yaml holds one short file per family,
     extends: llama                   # rules of that file follow this file's own
     roles:                           # first match wins
       - router: layers.N.mlp.gate.   # start of the name inside the decoder; N stands for an index
+    experts:                         # what a config says of routed experts, see ExpertRules
     fused:                           # stored tensors that hold many experts, see layouts.py
 
 "Inside the decoder" is without the wrappers in front (`model.`, `language_model.`, `mtp.`, in any order).
@@ -57,6 +58,23 @@ class _Kind:
     under_mtp: bool
 
 
+@dataclass(frozen=True, slots=True)
+class ExpertRules:
+    """Where a family says what of its routed experts: config keys, and names inside a decoder layer.
+
+    `count` and `top_k` are config keys; `groups` those of the number of routing groups and of the groups
+    that a token may choose from, where the router is limited to groups. `projections` are the names of gate,
+    up and down projection behind the expert's index; `norm` is the norm in front of the experts, whose input
+    is the residual stream.
+    """
+
+    count: str
+    top_k: str
+    projections: tuple[str, str, str]
+    norm: str
+    groups: tuple[str, str] | None
+
+
 @dataclass(frozen=True)
 class _Family:
     """One file of architectures/, `extends` followed."""
@@ -65,6 +83,7 @@ class _Family:
     model_types: tuple[str, ...]
     roles: tuple[tuple[str, Role], ...]
     fused: tuple[FusedRule, ...]
+    experts: ExpertRules | None
 
 
 @dataclass(frozen=True)
@@ -76,6 +95,7 @@ class Architecture:
     fused: tuple[FusedRule, ...]
     roles: tuple[tuple[str, Role], ...]
     num_hidden_layers: int | None
+    experts: ExpertRules | None = None
     _kinds: dict[str, _Kind] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def info(self, name: str) -> TensorInfo:
@@ -131,7 +151,9 @@ def architecture_for(config: Mapping[str, Any]) -> Architecture:
     for section in sections:
         family = families.get(str(section.get("model_type")))
         if family is not None:
-            return Architecture(family.name, True, family.fused, family.roles, num_hidden_layers)
+            return Architecture(
+                family.name, True, family.fused, family.roles, num_hidden_layers, family.experts
+            )
     return Architecture("unknown", False, (), (), num_hidden_layers)
 
 
@@ -177,11 +199,19 @@ def _family(name: str, documents: Mapping[str, Any]) -> _Family:
             raise ValueError(f"architectures/{name}.yaml: {role} is no role; roles are {', '.join(ROLES)}")
         roles.append((start, role))
     fused = [_fused_rule(name, rule) for rule in document.get("fused", [])]
+    experts = _expert_rules(document["experts"]) if "experts" in document else None
     if "extends" in document:
         base = _family(document["extends"], documents)
         roles += base.roles
         fused += base.fused
-    return _Family(name, tuple(document["model_types"]), tuple(roles), tuple(fused))
+        experts = experts or base.experts
+    return _Family(name, tuple(document["model_types"]), tuple(roles), tuple(fused), experts)
+
+
+def _expert_rules(rules: Mapping[str, Any]) -> ExpertRules:
+    gate, up, down = rules["projections"]
+    groups = tuple(rules["groups"]) if "groups" in rules else None
+    return ExpertRules(rules["count"], rules["top_k"], (gate, up, down), rules["norm"], groups)
 
 
 def _fused_rule(name: str, rule: Mapping[str, Any]) -> FusedRule:

@@ -1,0 +1,107 @@
+"""Hidden states of all batches between two layers, in host memory or in a mapped file; and snapshots of them.
+
+A snapshot is what a walk needs to go on after a kill: the hidden states in front of a layer, as they are, and
+the state of its steps. Two generations are kept, so that a kill while writing one leaves the other.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from surgery.stream.writer import disk_error
+
+GENERATIONS = 2
+_NAME = re.compile(r"snapshot-(\d{5})\.json")
+_PIECE = 64 << 20
+
+
+class Activations:
+    """Hidden states [batch, tokens, hidden] of several batches in one buffer.
+
+    `file` puts the buffer into a mapped file instead of memory; memory is page-locked where the walk computes
+    on a GPU, so that copies need not wait.
+    """
+
+    def __init__(
+        self,
+        shapes: Sequence[tuple[int, int]],
+        hidden: int,
+        dtype: torch.dtype,
+        *,
+        file: Path | None,
+        pin: bool,
+    ) -> None:
+        self.shapes = [(*shape, hidden) for shape in shapes]
+        self._begins = [0]
+        for shape in self.shapes:
+            self._begins.append(self._begins[-1] + prod(shape))
+        total = self._begins[-1]
+        if file is None:
+            self.flat = torch.empty(total, dtype=dtype, pin_memory=pin)
+        else:
+            self.flat = torch.from_file(str(file), shared=True, size=total, dtype=dtype)
+
+    @property
+    def nbytes(self) -> int:
+        return self.flat.nbytes
+
+    def get(self, batch: int, device: torch.device) -> torch.Tensor:
+        return self._slot(batch).to(device, non_blocking=True)
+
+    def put(self, batch: int, hidden: torch.Tensor) -> None:
+        self._slot(batch).copy_(hidden)
+
+    def _slot(self, batch: int) -> torch.Tensor:
+        return self.flat[self._begins[batch] : self._begins[batch + 1]].view(self.shapes[batch])
+
+
+def write_snapshot(folder: Path, layer: int, hidden: Activations, state: Mapping[str, Any]) -> None:
+    """Keep what is needed to go on with `layer`. The file with the state is renamed into place last."""
+    data = folder / f"snapshot-{layer:05d}.bin"
+    text = folder / f"snapshot-{layer:05d}.json"
+    try:
+        raw = hidden.flat.view(torch.uint8).numpy()
+        with open(data, "wb") as file:
+            for begin in range(0, raw.size, _PIECE):
+                file.write(raw[begin : begin + _PIECE].data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary = text.with_suffix(".tmp")
+        with open(temporary, "w", encoding="utf-8") as file_:
+            json.dump({"layer": layer, "bytes": raw.size, **state}, file_)
+            file_.flush()
+            os.fsync(file_.fileno())
+        os.rename(temporary, text)
+    except OSError as error:
+        raise disk_error(error, data) from error
+    for old in _snapshots(folder)[:-GENERATIONS]:
+        old.unlink()
+        old.with_suffix(".bin").unlink(missing_ok=True)
+
+
+def read_snapshot(folder: Path, hidden: Activations) -> dict[str, Any] | None:
+    """Fill `hidden` from the newest whole snapshot and return its state; None where there is none."""
+    for path in reversed(_snapshots(folder)):
+        data = path.with_suffix(".bin")
+        try:
+            state: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:
+            continue
+        if data.is_file() and data.stat().st_size == state.get("bytes") == hidden.nbytes:
+            raw = hidden.flat.view(torch.uint8).numpy()
+            with open(data, "rb") as file:
+                file.readinto(raw.data)
+            return state
+    return None
+
+
+def _snapshots(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("snapshot-*.json") if _NAME.fullmatch(path.name))

@@ -1,0 +1,321 @@
+"""The layer walk: one decoder layer at a time through a model that is larger than memory.
+
+For each layer in order: its tensors are pulled from the (lazy) checkpoint, the hidden states of all batches
+run through transformers' own layer, every step observes and may rewrite the layer, and the hidden states go
+on to the next layer:
+
+    for each step:  forward → decide → rewrite;  the next step's forward runs on the rewritten layer
+
+`propagate` says which layer's outputs go on: those of the layer as it was (`original`) or as the steps left
+it (`changed`). Steps that need different answers are walks of their own.
+
+Memory: the dense part of one layer and one batch on the device, the experts that are in use (see
+`experts.py`), two generations of hidden states in host memory or in mapped files. Walks resume from
+snapshots to equal results.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+
+from surgery.calibrate.activations import Activations, read_snapshot, write_snapshot
+from surgery.calibrate.batches import Batch
+from surgery.calibrate.experts import ExpertBank, ExpertObserver, RoutedExperts, attach
+from surgery.calibrate.layers import BuiltLayer, LayeredModel
+from surgery.calibrate.ranks import ONE_RANK, Ranks
+from surgery.errors import CheckpointError
+from surgery.stream.checkpoint import Checkpoint, TensorRef
+
+Propagate = Literal["original", "changed"]
+Progress = Callable[[str, int, int], None]
+SNAPSHOT_SECONDS = 600.0
+
+
+@dataclass(frozen=True)
+class WalkSettings:
+    """Where and how a walk runs. Of these, device kind, dtype and threads can change results.
+
+    `room_bytes` bounds the experts that are kept (see `ExpertBank`), `host_bytes` the hidden states in
+    memory: beyond it they live in files in `folder`, where snapshots go as well (None: neither).
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    room_bytes: int
+    host_bytes: int
+    folder: Path | None = None
+    snapshot_seconds: float = SNAPSHOT_SECONDS
+    keep: str = "device"
+    ranks: Ranks = ONE_RANK
+    trust_remote_code: bool = False
+    progress: Progress | None = None
+
+
+class LayerObserver(Protocol):
+    """Looks on while a layer runs over all batches."""
+
+    @property
+    def experts(self) -> Sequence[ExpertObserver]: ...
+
+    def watch(self, layer: BuiltLayer) -> AbstractContextManager[None]:
+        """Hooks on the layer's submodules, for as long as it runs."""
+
+    def batch(self, batch: Batch) -> None:
+        """Called before each batch."""
+
+
+Replay = Callable[[Sequence[TensorRef], LayerObserver], None]
+"""Run the layer's attention and router again with these (rewritten) tensors, its experts left out."""
+
+
+class LayerStep(Protocol):
+    """What an operator does in a walk."""
+
+    def outline(self, checkpoint: Checkpoint) -> Checkpoint:
+        """The checkpoint as it will be behind this step, from headers: its config rules rewritten layers."""
+
+    def observe(self, layer: int, built: BuiltLayer) -> LayerObserver | None:
+        """Who looks on in this layer; None where the step has no interest in it."""
+
+    def finish(self, layer: int, refs: Sequence[TensorRef], replay: Replay) -> Sequence[TensorRef] | None:
+        """Decide, after the forward; the layer's new tensors, or None where it stays as it is."""
+
+    def state(self) -> dict[str, Any]:
+        """What a snapshot must hold, as plain data."""
+
+    def restore(self, state: Mapping[str, Any]) -> None: ...
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """A layer's passage: seconds, root mean square of the hidden states behind it, and their relative change
+    ‖out − in‖ / ‖in‖."""
+
+    layer: int
+    seconds: float
+    rms: float
+    change: float
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"layer": self.layer, "seconds": self.seconds, "rms": self.rms, "change": self.change}
+
+
+@dataclass
+class Walk:
+    """A walk of `steps` over `checkpoint` with `batches`. Raises CheckpointError where it cannot be built."""
+
+    checkpoint: Checkpoint
+    batches: Sequence[Batch]
+    steps: Sequence[LayerStep]
+    settings: WalkSettings
+    propagate: Propagate = "original"
+    report: list[LayerReport] = field(default_factory=list)
+    fingerprint: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        outlines = [self.checkpoint]
+        for step in self.steps:
+            outlines.append(step.outline(outlines[-1]))
+        self._models: list[LayeredModel] = []
+        for outline in outlines:
+            same = [m for m in self._models if m.checkpoint.config == outline.config]
+            self._models.append(same[0] if same else self._layered(outline))
+        for model in dict.fromkeys(self._models):
+            if model is not self._models[0]:
+                model.share_calls(self._models[0])
+
+    def _layered(self, checkpoint: Checkpoint) -> LayeredModel:
+        settings = self.settings
+        return LayeredModel(
+            checkpoint, settings.device, settings.dtype, trust_remote_code=settings.trust_remote_code
+        )
+
+    @property
+    def tokens(self) -> int:
+        return sum(batch.tokens for batch in self.batches)
+
+    def run(self, until: int | None = None) -> None:
+        """Walk all layers, or those in front of `until`; go on from a snapshot where there is one."""
+        model = self._models[0]
+        shapes = [batch.shape for batch in self.batches]
+        self._now, self._next = (self._activations(shapes, place) for place in ("now", "next"))
+        self._embed(model)
+        start = self._resume()
+        saved = time.monotonic()
+        stop = model.num_layers if until is None else until
+        for layer in range(start, stop):
+            self._tell(layer, model.num_layers)
+            self._layer(layer)
+            folder, ranks = self.settings.folder, self.settings.ranks
+            if folder and ranks.leads and time.monotonic() - saved >= self.settings.snapshot_seconds:
+                state = {"fingerprint": self.fingerprint, "steps": [step.state() for step in self.steps]}
+                state["report"] = [each.as_dict() for each in self.report]
+                write_snapshot(folder, layer + 1, self._now, state)
+                saved = time.monotonic()
+        self._tell(stop, model.num_layers)
+
+    def logits(self) -> Iterator[torch.Tensor]:
+        """After `run`: logits [batch, tokens, vocabulary] of each batch in turn, in the compute dtype."""
+        with self._models[0].end() as head:
+            for number, batch in enumerate(self.batches):
+                yield head.logits(batch.ids, self._now.get(number, self.settings.device))
+
+    def _activations(self, shapes: Sequence[tuple[int, int]], name: str) -> Activations:
+        settings = self.settings
+        hidden = self._models[0].hidden_size
+        itemsize = torch.finfo(settings.dtype).bits // 8
+        fits = 2 * sum(rows * cols for rows, cols in shapes) * hidden * itemsize <= settings.host_bytes
+        file = None if fits or settings.folder is None else settings.folder / f"hidden-{name}.bin"
+        return Activations(
+            shapes, hidden, settings.dtype, file=file, pin=file is None and settings.device.type == "cuda"
+        )
+
+    def _embed(self, model: LayeredModel) -> None:
+        with model.begin() as embedder:
+            for number, batch in enumerate(self.batches):
+                self._now.put(number, embedder.embed(batch.ids))
+
+    def _resume(self) -> int:
+        if self.settings.folder is None:
+            return 0
+        state = read_snapshot(self.settings.folder, self._now)
+        if state is None:
+            return 0
+        for step, saved in zip(self.steps, state["steps"], strict=True):
+            step.restore(saved)
+        self.report[:] = [LayerReport(**each) for each in state["report"]]
+        return int(state["layer"])
+
+    def _tell(self, layer: int, layers: int) -> None:
+        if self.settings.progress:
+            self.settings.progress("walk", layer * self.tokens, layers * self.tokens)
+
+    def _layer(self, layer: int) -> None:
+        begun = time.monotonic()
+        refs: Sequence[TensorRef] = self._models[0].refs(layer)
+        current = False
+        """Whether `_next` holds the outputs that go on."""
+        for number, step in enumerate(self.steps):
+            model, after = self._models[number], self._models[number + 1]
+            built = model.load_layer(layer, refs)
+            observer = step.observe(layer, built)
+            if observer is None:
+                model.free_layer(built)
+            else:
+                keep = self.propagate == "changed" or not current
+                self._forward(model, built, refs, observer, keep=keep)
+                current = True
+
+            def replay(
+                rewritten: Sequence[TensorRef], observer: LayerObserver, model: LayeredModel = after
+            ) -> None:
+                again = model.load_layer(layer, rewritten)
+                self._forward(model, again, rewritten, observer, keep=False, count_only=True)
+
+            new = step.finish(layer, refs, replay)
+            if new is not None:
+                refs = new
+                current = current and self.propagate == "original"
+        if not current:
+            model = self._models[-1] if self.propagate == "changed" else self._models[0]
+            if self.propagate == "original":
+                refs = model.refs(layer)
+            self._forward(model, model.load_layer(layer, refs), refs, None, keep=True)
+        self.report.append(self._measure(layer, begun))
+        self._now, self._next = self._next, self._now
+
+    def _forward(
+        self,
+        model: LayeredModel,
+        built: BuiltLayer,
+        refs: Sequence[TensorRef],
+        observer: LayerObserver | None,
+        *,
+        keep: bool,
+        count_only: bool = False,
+    ) -> None:
+        """All batches through a layer; frees it. Outputs go to `_next` under `keep`."""
+        routed = self._experts(model, built, refs, observer, count_only)
+        with ExitStack() as stack:
+            stack.callback(model.free_layer, built)
+            stack.enter_context(torch.no_grad())
+            stack.enter_context(observer.watch(built) if observer else nullcontext())
+            for number, batch in enumerate(self.batches):
+                if observer:
+                    observer.batch(batch)
+                if routed:
+                    routed.valid = batch.valid(self.settings.device)
+                args, kwargs = model.call(built.index, batch.shape)
+                hidden = self._now.get(number, self.settings.device)
+                out = built.module(hidden, *args, **kwargs)
+                if keep:
+                    self._next.put(number, out[0] if isinstance(out, tuple) else out)
+
+    def _experts(
+        self,
+        model: LayeredModel,
+        built: BuiltLayer,
+        refs: Sequence[TensorRef],
+        observer: LayerObserver | None,
+        count_only: bool,
+    ) -> RoutedExperts | None:
+        if built.experts is None:
+            return None
+        settings, rules = self.settings, model.checkpoint.architecture.experts
+        if rules is None:
+            raise CheckpointError(
+                f"{model.checkpoint.label}: where its experts lie is not known "
+                f"(model_type {model.checkpoint.config.get('model_type')!r})",
+                hint="an architecture is one short file in surgery/stream/architectures",
+            )
+        bank = ExpertBank(
+            built.experts, by_expert(refs), rules, settings.device, settings.dtype,
+            settings.room_bytes, settings.keep,
+        )  # fmt: skip
+        watching = observer.experts if observer else ()
+        routed = RoutedExperts(bank, watching, settings.ranks, count_only=count_only)
+        attach(built.experts, routed)
+        return routed
+
+    def _measure(self, layer: int, begun: float) -> LayerReport:
+        square_in = square_out = square_change = 0.0
+        count = 0
+        for number, batch in enumerate(self.batches):
+            # Padding is told from tokens, so that a batch's layout does not show in the figures.
+            valid = batch.valid(torch.device("cpu"))
+            before, after = (
+                each.get(number, torch.device("cpu")).flatten(0, 1) for each in (self._now, self._next)
+            )
+            if valid is not None:
+                before, after = before[valid], after[valid]
+            square_in += _squares(before)
+            square_out += _squares(after)
+            square_change += _squares(after.float() - before.float())
+            count += after.numel()
+        return LayerReport(
+            layer,
+            round(time.monotonic() - begun, 3),
+            (square_out / count) ** 0.5,
+            (square_change / square_in) ** 0.5 if square_in else 0.0,
+        )
+
+
+def _squares(values: torch.Tensor) -> float:
+    return float(torch.linalg.vector_norm(values.float(), dtype=torch.float64) ** 2)
+
+
+def by_expert(refs: Sequence[TensorRef]) -> dict[int, dict[str, TensorRef]]:
+    """Routed experts' tensors by expert, then by the name behind the expert's index."""
+    found: dict[int, dict[str, TensorRef]] = {}
+    for ref in refs:
+        if ref.info.role == "routed_expert" and ref.info.expert is not None:
+            name = ref.name.partition(f".experts.{ref.info.expert}.")[2]
+            found.setdefault(ref.info.expert, {})[name] = ref
+    return found
