@@ -19,15 +19,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from surgery.evaluate.run import evaluate
-    from surgery.recipe.api import diff, inspect, merge, open, plan, run, validate
+    from surgery.operators.protocol import RunContext
+    from surgery.recipe.api import diff, experts, inspect, merge, open, plan, run, validate
     from surgery.recipe.verify import verify
     from surgery.stream.checkpoint import Checkpoint, TensorRef
 
 __all__ = [
     "Checkpoint",
+    "RunContext",
     "TensorRef",
     "diff",
     "evaluate",
+    "experts",
     "inspect",
     "merge",
     "open",
@@ -40,6 +43,7 @@ __all__ = [
 _PLACES = {
     "Checkpoint": "surgery.stream.checkpoint",
     "TensorRef": "surgery.stream.checkpoint",
+    "RunContext": "surgery.operators.protocol",
     "evaluate": "surgery.evaluate.run",
     "verify": "surgery.recipe.verify",
 }

@@ -63,9 +63,8 @@ class LayeredModel:
             model: Any = build_skeleton(checkpoint, folder, trust_remote_code, dtype)
             self._mapping = get_model_conversion_mapping(model)
         self._model = model.eval()
-        self._base: Any = next(
-            (each for each in (model.get_decoder(), model.base_model) if hasattr(each, "layers")), None
-        )
+        candidates = (model.get_decoder(), model.base_model, getattr(model, "model", None))
+        self._base: Any = next((each for each in candidates if hasattr(each, "layers")), None)
         if self._base is None:
             raise CheckpointError(
                 f"{checkpoint.label}: the decoder of transformers' {type(model).__name__} has no `layers`",

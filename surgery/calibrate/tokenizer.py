@@ -56,19 +56,40 @@ class Tokenizer:
     def prompt(self, text: str) -> list[int]:
         """Ids of one user turn through the chat template, up to where the reply begins; without a template,
         of the text itself."""
-        from jinja2 import TemplateError
-
         if not self.plain.chat_template:
             return self._started(self.plain.encode(text))
-        turn = [{"role": "user", "content": text}]
-        try:
-            rendered = self.plain.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
-        except TemplateError as error:
+        return self._templated([{"role": "user", "content": text}], reply_begins=True)
+
+    def conversation(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """Ids of a whole conversation through the chat template, an end token behind the last turn.
+
+        Raises CheckpointError where there is no template, or where it refuses these messages.
+        """
+        if not self.plain.chat_template:
             raise CheckpointError(
-                f"the chat template refuses a single turn of a user: {error}",
+                "this tokenizer has no chat template",
+                hint="give the demonstrations as `text`, or put a chat_template.jinja beside the weights",
+            )
+        ids = self._templated(messages, reply_begins=False)
+        last = self.plain.eos_token_id
+        tail = ids[-4:]  # templates may put a line break behind the end token
+        return ids if not isinstance(last, int) or self.ends & {*tail} else [*ids, last]
+
+    def _templated(self, messages: Sequence[Mapping[str, str]], *, reply_begins: bool) -> list[int]:
+        from jinja2 import TemplateError
+
+        turns = [dict(each) for each in messages]
+        try:
+            rendered = self.plain.apply_chat_template(
+                turns, add_generation_prompt=reply_begins, tokenize=False
+            )
+        except TemplateError as error:
+            what = "a single turn of a user" if len(turns) == 1 else f"a conversation of {len(turns)} turns"
+            raise CheckpointError(
+                f"the chat template refuses {what}: {error}",
                 hint="check chat_template.jinja or the chat_template of tokenizer_config.json",
             ) from error
-        return self._started(self.plain.encode(str(rendered), add_special_tokens=False))
+        return self._started(self.plain.encode(str(rendered), add_special_tokens=False, verbose=False))
 
     def document(self, text: str, *, ended: bool) -> list[int]:
         """Ids of a text of its own: start token, text and, where it is `ended`, end token."""

@@ -16,6 +16,7 @@ snapshots to equal results.
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
@@ -30,8 +31,9 @@ from surgery.calibrate.batches import Batch
 from surgery.calibrate.experts import ExpertBank, ExpertObserver, RoutedExperts, attach
 from surgery.calibrate.layers import BuiltLayer, LayeredModel
 from surgery.calibrate.ranks import ONE_RANK, Ranks
-from surgery.errors import CheckpointError
+from surgery.errors import CheckpointError, PlanError
 from surgery.stream.checkpoint import Checkpoint, TensorRef
+from surgery.stream.journal import first_difference
 
 Propagate = Literal["original", "changed"]
 Progress = Callable[[str, int, int], None]
@@ -188,6 +190,12 @@ class Walk:
         state = read_snapshot(self.settings.folder, self._now)
         if state is None:
             return 0
+        difference = first_difference(state["fingerprint"], json.loads(json.dumps(self.fingerprint)))
+        if difference:
+            raise PlanError(
+                f"{self.settings.folder} holds an unfinished walk of something else: {difference}",
+                hint="use another output folder, or restart with --fresh",
+            )
         for step, saved in zip(self.steps, state["steps"], strict=True):
             step.restore(saved)
         self.report[:] = [LayerReport(**each) for each in state["report"]]

@@ -1,32 +1,48 @@
 """What every operator is: a frozen, typed set of params that plans and applies itself.
 
-The params are the fields of the class; unknown keys are refused. `plan` sees headers only and fails
-on everything that can be known without weights; `apply` returns a new lazy checkpoint.
+The params are the fields of the class; unknown keys are refused. A weight operator's `apply` sees headers
+only and fails on everything that can be known without weights; it returns a new lazy checkpoint. A layer
+operator first has to walk the model: `outline` is its result as far as headers tell, `decide` walks, and
+`finish` makes the checkpoint from the decision, which stands in the manifest, so that it can be made again
+without the walk.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from hashlib import sha256
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from surgery.stream.checkpoint import Checkpoint
+from surgery.errors import UsageError
+from surgery.stream.checkpoint import Checkpoint, Event
 
 Kind = Literal["weight", "layer", "training", "runtime"]
+Progress = Callable[[str, int, int], None]
+PREVIOUS = "<previous>"
+"""Stands for the result of the step before, or for the only parent."""
 
 
 def record_step(
-    op: str, params: Mapping[str, Any], parents: Mapping[str, str], inputs: Iterable[Checkpoint]
+    op: str,
+    params: Mapping[str, Any],
+    parents: Mapping[str, str],
+    inputs: Iterable[Checkpoint],
+    decision: Mapping[str, Any] | None = None,
 ) -> tuple[str, tuple[Mapping[str, Any], ...]]:
     """The label of a step's result and the history that leads to it, each step once.
 
-    `parents` are the labels of the inputs by the names that the params use. The label is made from
-    the content of the step, so that equal steps have equal labels and others do not.
+    `parents` are the labels of the inputs by the names that the params use, `decision` what a layer operator
+    found. The label is made from the content of the step, so that equal steps have equal labels and others
+    do not.
     """
     step = {"op": op, **params, "parents": dict(parents)}
+    if decision is not None:
+        step["decision"] = dict(decision)
     digest = sha256(json.dumps(step, sort_keys=True).encode()).hexdigest()
     label = f"{op}:{digest[:12]}"
     history = {str(past["result"]): past for each in inputs for past in each.history}
@@ -37,13 +53,13 @@ def record_step(
 class Operator(BaseModel):
     """Base of all operators. Subclasses add fields (their params) and implement the methods."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     op: ClassVar[str]
     kind: ClassVar[Kind]
 
     def input_names(self) -> tuple[str, ...]:
-        """Names of the checkpoints this step reads, the base first."""
+        """Names of the checkpoints this step reads, the base first; PREVIOUS where it names none."""
         raise TypeError(f"{type(self).__name__} does not say which checkpoints it reads")
 
     def apply(self, inputs: Mapping[str, Checkpoint]) -> Checkpoint:
@@ -54,3 +70,65 @@ class Operator(BaseModel):
     def summary(self) -> Mapping[str, Any]:
         """Params as they go into manifests and cards."""
         return self.model_dump(mode="json", by_alias=True, exclude_none=True)
+
+
+@dataclass(frozen=True)
+class RunContext:
+    """Where and how layer operators run. `device`, `dtype` and `threads` can change results.
+
+    `folder` is for snapshots and hidden states that do not fit the budget (None: neither); `beside` are the
+    folders in which relative data files are looked up after the current one.
+    """
+
+    device: str = "cpu"
+    dtype: str | None = None
+    memory_bytes: int = 1 << 30
+    threads: int | None = None
+    folder: Path | None = None
+    beside: tuple[Path, ...] = ()
+    trust_remote_code: bool = False
+    snapshot_seconds: float = 600.0
+    progress: Progress | None = None
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What a walk found. `data` is plain and enough for `finish`; the rest is for readers of the output."""
+
+    data: Mapping[str, Any]
+    texts: Mapping[str, str] = field(default_factory=dict)
+    """Small files that the output carries, by name."""
+    measurements: tuple[Mapping[str, Any], ...] = ()
+    events: tuple[Event, ...] = ()
+
+
+class LayerOperator(Operator):
+    """Base of the operators that need activations, or whole weights, before they know what to do."""
+
+    kind: ClassVar[Kind] = "layer"
+
+    input: str | None = None
+    """The checkpoint to work on; by default the result of the step before, or the only parent."""
+
+    def input_names(self) -> tuple[str, ...]:
+        return (self.input or PREVIOUS,)
+
+    def apply(self, inputs: Mapping[str, Checkpoint]) -> Checkpoint:
+        raise UsageError(f"{self.op} needs a run: it decides by what the model does")
+
+    def outline(self, inputs: Mapping[str, Checkpoint]) -> Checkpoint:
+        """The result as far as headers tell: its names, shapes, forms and config. Raises what `apply` of a
+        weight operator does."""
+        raise TypeError(f"{type(self).__name__} has no outline")
+
+    def estimate(self, inputs: Mapping[str, Checkpoint], context: RunContext) -> Mapping[str, Any]:
+        """What the walk reads and needs: for plans. Raises what can be known of the data."""
+        raise TypeError(f"{type(self).__name__} has no estimate")
+
+    def decide(self, inputs: Mapping[str, Checkpoint], context: RunContext) -> Decision:
+        """Walk, and say what is to be done."""
+        raise TypeError(f"{type(self).__name__} cannot decide")
+
+    def finish(self, inputs: Mapping[str, Checkpoint], decision: Decision) -> Checkpoint:
+        """The lazy result of a decision, from headers."""
+        raise TypeError(f"{type(self).__name__} cannot finish")

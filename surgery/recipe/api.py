@@ -19,6 +19,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from surgery.errors import UsageError
+from surgery.operators.protocol import PREVIOUS, LayerOperator, RunContext
 from surgery.recipe.load import LoadedRecipe, load_recipe, recipe_from_dict
 from surgery.recipe.run import Plan, plan_recipe, run_recipe
 from surgery.recipe.schema import Recipe
@@ -90,8 +91,13 @@ class Family:
         if op not in OPERATORS:
             raise AttributeError(f"no operator {op}; known: {', '.join(OPERATORS)}")
 
-        def apply(checkpoints: Mapping[str, Checkpoint] | Checkpoint, **params: Any) -> Checkpoint:
-            return apply_operator(op, checkpoints, params)
+        def apply(
+            checkpoints: Mapping[str, Checkpoint] | Checkpoint,
+            *,
+            context: RunContext | None = None,
+            **params: Any,
+        ) -> Checkpoint:
+            return apply_operator(op, checkpoints, params, context)
 
         apply.__name__ = apply.__qualname__ = op
         apply.__doc__ = operator_class(op).__doc__
@@ -99,14 +105,24 @@ class Family:
 
 
 def apply_operator(
-    op: str, checkpoints: Mapping[str, Checkpoint] | Checkpoint, params: Mapping[str, Any]
+    op: str,
+    checkpoints: Mapping[str, Checkpoint] | Checkpoint,
+    params: Mapping[str, Any],
+    context: RunContext | None = None,
 ) -> Checkpoint:
-    """The lazy result of an operator. Checkpoints go by the names that the params use."""
+    """The lazy result of an operator. Checkpoints go by the names that the params use; layer operators walk
+    the model here, as `context` says."""
     try:
         operator = operator_class(op).model_validate(dict(params))
     except ValidationError as error:
         raise UsageError(f"{op}: {_first(error)}", hint=f"see help(surgery.{op})") from error
-    given = {"input": checkpoints} if isinstance(checkpoints, Checkpoint) else dict(checkpoints)
+    names = operator.input_names()
+    if isinstance(checkpoints, Checkpoint):
+        given = {names[0]: checkpoints}
+    elif PREVIOUS in names and len(checkpoints) == 1:
+        given = {PREVIOUS: next(iter(checkpoints.values()))}
+    else:
+        given = dict(checkpoints)
     missing = [name for name in operator.input_names() if name not in given]
     if missing:
         raise UsageError(f"{op} needs a checkpoint called {missing[0]}", hint=f"given: {', '.join(given)}")
@@ -115,6 +131,8 @@ def apply_operator(
         raise UsageError(
             "two checkpoints have one label", hint="open them with different names: open(path, name)"
         )
+    if isinstance(operator, LayerOperator):
+        return operator.finish(given, operator.decide(given, context or RunContext()))
     return operator.apply(given)
 
 
@@ -125,3 +143,4 @@ def _first(error: ValidationError) -> str:
 
 
 merge = Family("merge")
+experts = Family("experts")

@@ -12,6 +12,15 @@ from surgery.operators.protocol import Operator
 
 OPERATORS: dict[str, str] = {
     "merge.aoe": "surgery.operators.merge.aoe:AssemblyOfExperts",
+    "experts.easy_ep": "surgery.operators.experts.easy_ep:EasyEP",
+    "experts.reap": "surgery.operators.experts.reap:Reap",
+    "experts.frequency": "surgery.operators.experts.frequency:Frequency",
+    "experts.gating": "surgery.operators.experts.gating:Gating",
+    "experts.ean": "surgery.operators.experts.ean:ExpertActivationNorm",
+    "experts.man": "surgery.operators.experts.man:MeanActivationNorm",
+    "experts.aimer": "surgery.operators.experts.aimer:Aimer",
+    "experts.random": "surgery.operators.experts.random:RandomExperts",
+    "experts.drop": "surgery.operators.experts.drop:DropByList",
 }
 
 

@@ -11,11 +11,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
-from threading import Lock, local
+from threading import Lock
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from surgery.codecs.codec import Codec, matrix_shape
 from surgery.errors import CheckpointError, UsageError
+from surgery.stream.buffers import ThreadBuffers
 from surgery.stream.files import Source, StoredTensor
 from surgery.stream.layouts import View
 from surgery.stream.roles import Architecture, TensorInfo
@@ -51,23 +52,6 @@ class Event:
 
     def as_dict(self) -> dict[str, Any]:
         return {"kind": self.kind, "message": self.message, "tensors": list(self.tensors)}
-
-
-class ThreadBuffers(local):
-    """What each thread keeps: one reused buffer, since fresh memory for every copy would cost more than
-    the copy, and whole stored tensors that were read ahead, by file and offset."""
-
-    def __init__(self) -> None:
-        self._bytes: np.ndarray[Any, Any] | None = None
-        self.ahead: dict[tuple[int, int], np.ndarray[Any, Any]] = {}
-
-    def take(self, nbytes: int) -> np.ndarray[Any, Any]:
-        """uint8 [nbytes], valid until this thread asks again."""
-        import numpy as np
-
-        if self._bytes is None or self._bytes.size < nbytes:
-            self._bytes = np.empty(nbytes, np.uint8)
-        return self._bytes[:nbytes]
 
 
 @dataclass
@@ -192,12 +176,17 @@ class StoredRef(TensorRef):
         super().__init__(name, shape, info, codec, parts)
         self.origin = origin
 
+    def place(self, part: Part) -> Part:
+        """Where the bytes of a part lie; moved tensors are written elsewhere than they lie."""
+        return part
+
     def raw(
         self, part: Part, start: int, stop: int, context: ReadContext | None = None
     ) -> np.ndarray[Any, Any]:
         """The stored bytes (uint8) of one part that belong to rows start..stop."""
         import numpy as np
 
+        part = self.place(part)
         stored = part.stored
         if stored.file is None:
             raise CheckpointError(f"{stored.name} lies in no file")
@@ -379,6 +368,8 @@ class Checkpoint:
     """Tensors of the base that are not here, with the reason."""
     events: tuple[Event, ...] = ()
     probes: tuple[Probe, ...] = ()
+    texts: Mapping[str, str] = field(default_factory=dict)
+    """Small files that steps add to the output, by name."""
 
     @property
     def nbytes(self) -> int:

@@ -347,12 +347,13 @@ def _fused_jobs(target: Target, offset: int) -> Iterator[Job]:
 
 
 def _whole_slab(members: list[tuple[TensorRef, Part]]) -> tuple[StoredRef, Part, int] | None:
-    """The parent's bytes of a whole expert, where every projection is a copy from the same one."""
-    files = {(id(part.stored.file), part.stored.offset) for _, part in members}
-    ref, part = members[0]
-    if len(files) != 1 or not all(isinstance(each, StoredRef) for each, _ in members):
+    """The parent's bytes of a whole expert, where every projection is a copy of one expert of it."""
+    placed = [(ref, ref.place(part)) for ref, part in members if isinstance(ref, StoredRef)]
+    if len(placed) != len(members):
         return None
-    if not isinstance(ref, StoredRef) or part.view is None:
+    slabs = {(id(part.stored.file), part.stored.offset, part.view and part.view.index) for _, part in placed}
+    ref, part = placed[0]
+    if len(slabs) != 1 or part.view is None:
         return None
     source = part.stored.offset + part.view.index * (part.stored.nbytes // part.stored.shape[0])
     return ref, part, source

@@ -253,7 +253,7 @@ def _write(
             "resumed_shards": sorted(kept),
         },
     )
-    texts = {"README.md": build_card(checkpoint, manifest)}
+    texts = {"README.md": build_card(checkpoint, manifest), **checkpoint.texts}
     if options.extras:
         texts |= options.extras(manifest)
     for name, text in texts.items():

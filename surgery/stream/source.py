@@ -32,7 +32,7 @@ SCALE_SUFFIX = "_scale_inv"
 _ONE_OF_SEVERAL = re.compile(r"-of-0*(\d+)\.safetensors$")
 _LEFT_BEHIND = re.compile(
     r"\.(safetensors|bin|pt|pth|gguf|onnx|msgpack|h5)$|\.index\.json$"
-    r"|^(README\.md|SHA256SUMS|surgery_(manifest\.json|recipe\.yaml|report\.html)"
+    r"|^(README\.md|SHA256SUMS|surgery_(manifest|experts|keep)\.json|surgery_(recipe\.yaml|report\.html)"
     r"|surgery-(journal\.jsonl|lock))$",
     re.I,
 )
