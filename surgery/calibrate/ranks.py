@@ -10,8 +10,10 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -29,26 +31,40 @@ class Ranks:
     def add_up(self, tensor: torch.Tensor) -> None:
         """Replace `tensor` by its sum over all processes, in place."""
         if self.count > 1:
-            torch.distributed.all_reduce(tensor)
+            from torch.distributed import all_reduce
+
+            all_reduce(tensor)
 
     def wait(self) -> None:
         """Until all processes are here."""
         if self.count > 1:
-            torch.distributed.barrier()
+            from torch.distributed import barrier
+
+            barrier()
 
 
 ONE_RANK = Ranks()
 
 
+def started_ranks() -> Ranks:
+    """This process among those that torchrun started, or alone."""
+    return Ranks(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
+
+
 @contextmanager
 def joined_ranks(device: torch.device) -> Iterator[Ranks]:
-    """The processes that torchrun started, or this one alone."""
-    count = int(os.environ.get("WORLD_SIZE", "1"))
-    if count == 1:
-        yield ONE_RANK
+    """The processes of a torchrun, able to exchange results once all are here; or this one alone."""
+    ranks = started_ranks()
+    if ranks.count == 1:
+        yield ranks
         return
+    import torch
+
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
-        yield Ranks(torch.distributed.get_rank(), torch.distributed.get_world_size())
+        ranks.wait()
+        yield ranks
     finally:
         torch.distributed.destroy_process_group()

@@ -150,6 +150,7 @@ class Walk:
         self._now, self._next = (self._activations(shapes, place) for place in ("now", "next"))
         self._embed(model)
         start = self._resume()
+        self.settings.ranks.wait()
         saved = time.monotonic()
         stop = model.num_layers if until is None else until
         for layer in range(start, stop):
@@ -174,7 +175,9 @@ class Walk:
         hidden = self._models[0].hidden_size
         itemsize = torch.finfo(settings.dtype).bits // 8
         fits = 2 * sum(rows * cols for rows, cols in shapes) * hidden * itemsize <= settings.host_bytes
-        file = None if fits or settings.folder is None else settings.folder / f"hidden-{name}.bin"
+        file = None
+        if settings.folder is not None and not fits:
+            file = settings.folder / f"hidden-{name}-{settings.ranks.index}.bin"
         return Activations(
             shapes, hidden, settings.dtype, file=file, pin=file is None and settings.device.type == "cuda"
         )

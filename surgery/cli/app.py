@@ -12,19 +12,20 @@ from collections.abc import Sequence
 
 import typer
 
-from surgery.cli import demo, doctor, evaluate, look, recipes, run
+from surgery.cli import demo, doctor, evaluate, look, prune, recipes, run
 from surgery.cli.render import Output
 from surgery.errors import InterruptedRun, SurgeryError
 
 app = typer.Typer(
     name="surgery",
-    help="Model surgery and compression: merge, plan, verify and compare checkpoints, tensor by tensor.",
+    help="Model surgery and compression: merge, prune, verify and compare checkpoints, tensor by tensor.",
     no_args_is_help=True,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 run.register(app)
+prune.register(app)
 look.register(app)
 evaluate.register(app)
 demo.register(app)

@@ -22,6 +22,11 @@ Out = Annotated[Path, typer.Option("--out", "-o", metavar="FOLDER", help="The ou
 Memory = Annotated[
     str, typer.Option("--memory", metavar="SIZE", help="Budget of the buffers in flight, at least 256MB.")
 ]
+Device = Annotated[str, typer.Option("--device", help="Where to compute: cpu or cuda.")]
+Dtype = Annotated[
+    str | None, typer.Option("--dtype", help="Compute dtype (default: float32 on cpu, bfloat16 on cuda).")
+]
+RemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that the model ships.")]
 Threads = Annotated[int | None, typer.Option("--threads", min=1, help="Worker threads (default: all cores).")]
 
 

@@ -4,15 +4,34 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from surgery.cli.options import Json, Memory, Out, Quiet, Recipe, Set, Threads, memory_bytes
+from surgery.cli.options import (
+    Device,
+    Dtype,
+    Json,
+    Memory,
+    Out,
+    Quiet,
+    Recipe,
+    RemoteCode,
+    Set,
+    Threads,
+    memory_bytes,
+)
 from surgery.cli.render import Output
 from surgery.errors import InterruptedRun
+
+if TYPE_CHECKING:
+    from surgery.operators.protocol import RunContext
+    from surgery.recipe.load import LoadedRecipe
+    from surgery.recipe.run import Plan
+    from surgery.stream.save import SaveOptions
 
 DEFAULT_MEMORY = "1GiB"
 
@@ -29,6 +48,9 @@ def run(
     set_: Set = None,
     memory: Memory = DEFAULT_MEMORY,
     threads: Threads = None,
+    device: Device = "cpu",
+    dtype: Dtype = None,
+    trust_remote_code: RemoteCode = False,
     no_hash: Annotated[bool, typer.Option("--no-hash", help="Do not hash files while writing.")] = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Restart instead of resuming.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a finished output.")] = False,
@@ -39,25 +61,45 @@ def run(
     quiet: Quiet = False,
 ) -> None:
     """Build a recipe's model. The same command resumes after a stop."""
+    from surgery.operators.protocol import RunContext
     from surgery.recipe.load import load_recipe
-    from surgery.recipe.run import run_recipe
     from surgery.stream.save import SaveOptions, cores
 
     output = Output(json=json, quiet=quiet or json)
     loaded = load_recipe(recipe, set_ or ())
-    with output.progress() as tell:
+    context = RunContext(device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+    with output.progress() as tell, resumable():
         options = SaveOptions(
             hash=not no_hash, memory_bytes=memory_bytes(memory), threads=threads or cores(),
             overwrite=overwrite, fresh=fresh, strict=strict, progress=tell,
         )  # fmt: skip
-        try:
-            result = run_recipe(loaded, out, options)
-        except InterruptedRun as error:
-            command = shlex.join(["surgery", *sys.argv[1:]])
-            raise InterruptedRun(
-                error.message, hint=f"finished shards are kept; resume with: {command}"
-            ) from None
-    show_result(output, result.folder, result.manifest)
+        run_and_show(output, loaded, out, options, context)
+
+
+def run_and_show(
+    output: Output, loaded: LoadedRecipe, out: Path, options: SaveOptions, context: RunContext
+) -> None:
+    """Run a recipe and show what came of it; of several processes (torchrun), the first one speaks."""
+    from surgery.calibrate.ranks import started_ranks
+    from surgery.recipe.run import follow_recipe, run_recipe
+
+    if started_ranks().leads:
+        result = run_recipe(loaded, out, options, context)
+        show_result(output, result.folder, result.manifest)
+    else:
+        follow_recipe(loaded, out, options, context)
+
+
+@contextmanager
+def resumable() -> Iterator[None]:
+    """Tell users who stop a run how it goes on."""
+    try:
+        yield
+    except (InterruptedRun, KeyboardInterrupt):
+        command = shlex.join(["surgery", *sys.argv[1:]])
+        raise InterruptedRun(
+            "stopped by the user", hint=f"what is finished is kept; resume with: {command}"
+        ) from None
 
 
 def show_result(output: Output, folder: Path, manifest: Any) -> None:
@@ -118,24 +160,30 @@ def plan(
     ] = None,
     set_: Set = None,
     memory: Memory = DEFAULT_MEMORY,
+    device: Device = "cpu",
+    dtype: Dtype = None,
+    trust_remote_code: RemoteCode = False,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Say what a recipe reads, writes and needs, from headers alone."""
+    from surgery.operators.protocol import RunContext
     from surgery.recipe.load import load_recipe
     from surgery.recipe.run import plan_recipe
 
     output = Output(json=json, quiet=quiet or json)
-    found = plan_recipe(load_recipe(recipe, set_ or ()), out, memory_bytes(memory)).as_dict()
+    context = RunContext(device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+    show_plan(output, plan_recipe(load_recipe(recipe, set_ or ()), out, memory_bytes(memory), context))
+
+
+def show_plan(output: Output, planned: Plan) -> None:
+    """A plan as tables, or as the one document of --json."""
+    from surgery.stream.units import format_bytes as size
+
+    found = planned.as_dict()
     if output.json:
         output.document(found)
         return
-    _show_plan(output, found)
-
-
-def _show_plan(output: Output, found: dict[str, Any]) -> None:
-    from surgery.stream.units import format_bytes as size
-
     output.events(found["events"])
     output.table(
         "Parents",
@@ -168,11 +216,23 @@ def _show_plan(output: Output, found: dict[str, Any]) -> None:
         f"memory      {size(memory['budget'])} budget for buffers, largest job {size(memory['largest_job'])}"
     )
     for number, each in enumerate(found["passes"], 1):
-        read = sum(each["bytes_read"].values())
-        output.say(
-            f"pass {number}      {' → '.join(each['steps'])}: reads {size(read)}, "
-            f"writes {size(each['bytes_written'])}"
-        )
+        steps = " → ".join(each["steps"])
+        if not each["walk"]:
+            read, written = size(each["bytes_read"]), size(each["bytes_written"])
+            output.say(f"pass {number}      {steps}: reads {read}, writes {written}")
+        elif "tokens" in each:
+            output.say(
+                f"pass {number}      walk for {steps}: reads {size(each['bytes_read'])}; "
+                f"{each['tokens']:,} tokens in {each['dtype']} on {each['device']}"
+            )
+            output.say(
+                f"            device {size(each['device_bytes'])}, host {size(each['host_bytes'])}, "
+                f"disk {size(each['disk_bytes'])}"
+            )
+        else:
+            output.say(f"pass {number}      weights for {steps}: reads {size(each['bytes_read'])}")
+    if found["dropped"]:
+        output.say(f"dropped     {len(found['dropped'])} tensors")
 
 
 def validate(recipe: Recipe, set_: Set = None, json: Json = False) -> None:

@@ -56,14 +56,24 @@ def plan(
     *,
     overrides: Sequence[str] = (),
     memory_bytes: int = SaveOptions.memory_bytes,
+    context: RunContext | None = None,
 ) -> Plan:
-    """What a run would read, write and need, from headers alone."""
-    return plan_recipe(_load(recipe, overrides), Path(out) if out is not None else None, memory_bytes)
+    """What a run would read, write and need, from headers (and the calibration data of layer steps)."""
+    folder = Path(out) if out is not None else None
+    return plan_recipe(_load(recipe, overrides), folder, memory_bytes, context)
 
 
-def run(recipe: RecipeLike, out: str | Path, *, overrides: Sequence[str] = (), **options: Any) -> SaveResult:
-    """Build a recipe's model in `out`; options are those of `surgery.stream.save.SaveOptions`."""
-    return run_recipe(_load(recipe, overrides), Path(out), replace(SaveOptions(), **options))
+def run(
+    recipe: RecipeLike,
+    out: str | Path,
+    *,
+    overrides: Sequence[str] = (),
+    context: RunContext | None = None,
+    **options: Any,
+) -> SaveResult:
+    """Build a recipe's model in `out`; options are those of `surgery.stream.save.SaveOptions`, `context` says
+    where layer steps walk (its memory, threads and progress are those of the options)."""
+    return run_recipe(_load(recipe, overrides), Path(out), replace(SaveOptions(), **options), context)
 
 
 def inspect(model: str | Path | Checkpoint) -> Inspection:

@@ -6,12 +6,13 @@ Reads headers and small files only. What cannot work is refused here, with the p
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from surgery.errors import RecipeError
+from surgery.operators.protocol import PREVIOUS, LayerOperator, Operator
 from surgery.recipe.schema import Recipe
 from surgery.stream.checkpoint import Checkpoint, Event
 from surgery.stream.source import open_checkpoint
@@ -22,18 +23,28 @@ _TOKENIZER_STEMS = (
 )  # fmt: skip
 
 
-def build(recipe: Recipe, folder: Path | None = None) -> Checkpoint:
+Apply = Callable[[int, Operator, Mapping[str, Checkpoint]], Checkpoint]
+"""Makes the result of a step, given its number."""
+
+
+def outline(index: int, operator: Operator, inputs: Mapping[str, Checkpoint]) -> Checkpoint:
+    """A step's result as far as headers tell."""
+    return operator.outline(inputs) if isinstance(operator, LayerOperator) else operator.apply(inputs)
+
+
+def build(recipe: Recipe, folder: Path | None = None, apply: Apply = outline) -> Checkpoint:
     """The recipe's result, unread. Raises RecipeError (located by path) and CheckpointError.
 
     `folder` is the recipe's own: a relative parent is looked up there if it is not in the current one.
+    `apply` makes each step's result.
     """
     known = open_parents(recipe, folder)
     parents = dict(known)
     result = next(iter(known.values()))
     for index, step in enumerate(recipe.steps):
-        inputs = {name: known[name] for name in step.operator.input_names()}
+        inputs = {name: result if name == PREVIOUS else known[name] for name in step.operator.input_names()}
         try:
-            result = step.operator.apply(inputs)
+            result = apply(index, step.operator, inputs)
         except RecipeError as error:
             error.path = ("steps", index, *error.path)
             raise

@@ -64,6 +64,17 @@ def recipe_from_dict(data: Mapping[str, Any], overrides: Sequence[str] = ()) -> 
     return _checked(Document("recipe", "", _plain(data)), overrides)
 
 
+def one_step(
+    op: str, model: str, params: Mapping[str, Any], output: Mapping[str, Any], overrides: Sequence[str] = ()
+) -> LoadedRecipe:
+    """The recipe of one step on one model; `overrides` set params of the step. Raises RecipeError."""
+    data = {"parents": {"model": model}, "steps": [{"op": op, **params}], "output": dict(output)}
+    document = Document("recipe", "", _plain(data))
+    for override in overrides:
+        apply_override(document, override, below="steps.0")
+    return _checked(document, ())
+
+
 def shipped_recipes() -> dict[str, Path]:
     """The recipes that come with surgery, by the name that `load_recipe` takes."""
     folder = recipe_folder()

@@ -13,11 +13,14 @@ from surgery.recipe.document import Document, parse_document
 from surgery.recipe.problems import DocPath, Position, Problem, dotted
 
 
-def apply_override(document: Document, override: str) -> None:
-    """Set one value in `document.data`, a mapping. Faults go to `document.problems`."""
+def apply_override(document: Document, override: str, below: str = "") -> None:
+    """Set one value in `document.data`, a mapping. Faults go to `document.problems`. Paths are below `below`
+    (steps.0, say), which is not part of what users write."""
     origin = Position(0, 0, 0, 0, origin=f"--set {override}")
     path, equals, text = override.partition("=")
     segments = path.strip().split(".")
+    if below:
+        segments = [*below.split("."), *segments]
     if not equals or not all(segments):
         message = f"`{override}` is no override"
         hint = "write it as path=value, e.g. steps.0.threshold=0.01"

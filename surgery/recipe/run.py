@@ -10,9 +10,11 @@ from typing import Any
 
 import yaml
 
-from surgery.errors import RecipeError
-from surgery.recipe.build import build
+from surgery.errors import PlanError, RecipeError
+from surgery.operators.protocol import LayerOperator, RunContext
+from surgery.recipe.build import Apply, build, outline
 from surgery.recipe.load import LoadedRecipe
+from surgery.recipe.walks import Planner, Walker, walk_folder, walk_place
 from surgery.report.html import render_report
 from surgery.stream.checkpoint import Checkpoint
 from surgery.stream.formats import apply_format
@@ -27,6 +29,7 @@ from surgery.stream.save import (
 )
 from surgery.stream.source import collector_paused
 from surgery.stream.survey import Survey, check_disk, check_memory, free_bytes, survey
+from surgery.stream.units import format_bytes
 
 RECIPE = "surgery_recipe.yaml"
 REPORT = "surgery_report.html"
@@ -42,11 +45,18 @@ class Plan:
     out: Path | None
     free_bytes: int
     memory_bytes: int
+    walks: tuple[Mapping[str, Any], ...] = ()
+    """What the layer steps need, in order."""
+
+    @property
+    def disk_bytes(self) -> int:
+        """The output, and the largest of the walks before it is written."""
+        return self.survey.disk_bytes + max((walk.get("disk_bytes", 0) for walk in self.walks), default=0)
 
     @property
     def shortage_bytes(self) -> int:
         """Bytes by which the disk is too small; 0 where it suffices."""
-        return max(0, self.survey.disk_bytes - self.free_bytes)
+        return max(0, self.disk_bytes - self.free_bytes)
 
     def as_dict(self) -> dict[str, Any]:
         """The JSON document of `surgery plan --json`."""
@@ -65,10 +75,13 @@ class Plan:
             ],
             "architecture": checkpoint.architecture.name,
             "model_type": checkpoint.config.get("model_type"),
-            "passes": [{
-                "steps": [str(step["op"]) for step in checkpoint.history],
-                "bytes_read": dict(plan.reads), "bytes_written": plan.output_bytes,
-            }],
+            "passes": [
+                *({"walk": True, "steps": [walk["op"]], **walk, "bytes_written": 0} for walk in self.walks),
+                {
+                    "walk": False, "steps": [str(step["op"]) for step in checkpoint.history],
+                    "bytes_read": sum(plan.reads.values()), "bytes_written": plan.output_bytes,
+                },
+            ],
             "coverage": [each.as_dict() for each in plan.coverage],
             "mtp": {
                 "tensors": sum(each.tensors for each in mtp), "bytes": sum(each.nbytes for each in mtp),
@@ -79,7 +92,7 @@ class Plan:
                 "bytes": plan.output_bytes,
             },
             "disk": {
-                "needed": plan.disk_bytes, "free": self.free_bytes, "shortage": self.shortage_bytes,
+                "needed": self.disk_bytes, "free": self.free_bytes, "shortage": self.shortage_bytes,
                 "folder": str(self.out or Path.cwd()),
             },
             "memory": {"budget": self.memory_bytes, "largest_job": plan.peak_bytes},
@@ -87,27 +100,90 @@ class Plan:
         }  # fmt: skip
 
 
-def plan_recipe(loaded: LoadedRecipe, out: Path | None = None, memory_bytes: int = 1 << 30) -> Plan:
+def plan_recipe(
+    loaded: LoadedRecipe,
+    out: Path | None = None,
+    memory_bytes: int = 1 << 30,
+    context: RunContext | None = None,
+) -> Plan:
     """What a run would do. With `out` it refuses what `run` would refuse (PlanError); without, a
-    shortage of disk is only reported."""
+    shortage of disk is only reported. `context` says where layer steps would walk."""
     recipe = loaded.recipe
+    planner = Planner(_beside(loaded, replace(context or RunContext(), memory_bytes=memory_bytes)))
     with collector_paused():
-        checkpoint = apply_format(_built(loaded), recipe.output.format)
+        checkpoint = apply_format(_built(loaded, planner.apply), recipe.output.format)
         estimate = survey(checkpoint, recipe.output.shard_bytes)
+    free = free_bytes(out or Path.cwd())
+    plan = Plan(
+        checkpoint, estimate, recipe.output.format, out, free, memory_bytes, tuple(planner.walks)
+    )  # fmt: skip
     if out is not None:
         check_output(out, overwrite=False)
         check_apart(out, checkpoint)
         check_readable(checkpoint)
-        check_disk(estimate.disk_bytes, out)
+        check_disk(plan.disk_bytes, out)
         check_memory(estimate, memory_bytes)
-    return Plan(checkpoint, estimate, recipe.output.format, out, free_bytes(out or Path.cwd()), memory_bytes)
+        check_walks(plan)
+    return plan
 
 
-def run_recipe(loaded: LoadedRecipe, out: Path, options: SaveOptions) -> SaveResult:
-    """Build and write the recipe's result. Of `options` the recipe's output settings are replaced."""
+def check_walks(plan: Plan) -> None:
+    """Refuse walks on a CPU that need more memory than the machine has."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for walk in plan.walks:
+        need = walk.get("host_bytes", 0)
+        if need > total:
+            raise PlanError(
+                f"the walk of {walk['op']} needs {format_bytes(need)} of memory, this machine has "
+                f"{format_bytes(total)}",
+                hint="walk with fewer or shorter demonstrations, or on a GPU (--device cuda)",
+            )
+
+
+def run_recipe(
+    loaded: LoadedRecipe, out: Path, options: SaveOptions, context: RunContext | None = None
+) -> SaveResult:
+    """Build and write the recipe's result. Of `options` the recipe's output settings are replaced; `context`
+    says where layer steps walk, with the memory, threads and progress of `options`. Of several processes
+    (torchrun) the first runs this, the others `follow_recipe`."""
     recipe = loaded.recipe
-    with collector_paused():
-        checkpoint = _built(loaded)
+    if not any(isinstance(step.operator, LayerOperator) for step in recipe.steps):
+        with collector_paused():
+            checkpoint = _built(loaded, outline)
+        return _save(loaded, checkpoint, out, options)
+    context = _walking(loaded, options, context)
+    out = Path(os.path.realpath(out))
+    check_output(out, options.overwrite)
+    planned = plan_recipe(loaded, None, options.memory_bytes, context)
+    check_apart(out, planned.checkpoint)
+    check_readable(planned.checkpoint)
+    check_disk(planned.disk_bytes, out)
+    check_walks(planned)
+    with walk_place(out, fresh=options.fresh) as folder:
+        checkpoint = _built(loaded, Walker(context, folder, options.fresh).apply)
+        return _save(loaded, checkpoint, out, options)
+
+
+def follow_recipe(
+    loaded: LoadedRecipe, out: Path, options: SaveOptions, context: RunContext | None = None
+) -> None:
+    """Take part in the walks of a `run_recipe` that another process leads; write nothing."""
+    folder = walk_folder(Path(os.path.realpath(out)))
+    walker = Walker(_walking(loaded, options, context), folder, options.fresh, leads=False)
+    _built(loaded, walker.apply)
+
+
+def _walking(loaded: LoadedRecipe, options: SaveOptions, context: RunContext | None) -> RunContext:
+    return replace(
+        _beside(loaded, context or RunContext()),
+        memory_bytes=options.memory_bytes,
+        threads=options.threads,
+        progress=options.progress,
+    )
+
+
+def _save(loaded: LoadedRecipe, checkpoint: Checkpoint, out: Path, options: SaveOptions) -> SaveResult:
+    recipe = loaded.recipe
     refuse_events(checkpoint.events, options.strict)
     resolved = recipe.resolved()
     return save(
@@ -124,9 +200,14 @@ def run_recipe(loaded: LoadedRecipe, out: Path, options: SaveOptions) -> SaveRes
     )
 
 
-def _built(loaded: LoadedRecipe) -> Checkpoint:
+def _beside(loaded: LoadedRecipe, context: RunContext) -> RunContext:
+    """The context with the recipe's own folder to look up data in."""
+    return replace(context, beside=(Path(loaded.filename).parent,)) if loaded.text else context
+
+
+def _built(loaded: LoadedRecipe, apply: Apply) -> Checkpoint:
     try:
-        return build(loaded.recipe, Path(loaded.filename).parent if loaded.text else None)
+        return build(loaded.recipe, Path(loaded.filename).parent if loaded.text else None, apply)
     except RecipeError as error:
         raise loaded.attach(error) from error
 

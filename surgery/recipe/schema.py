@@ -25,7 +25,7 @@ from pydantic.json_schema import models_json_schema
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from surgery.errors import RecipeError, UsageError
-from surgery.operators.protocol import Operator
+from surgery.operators.protocol import PREVIOUS, Operator
 from surgery.recipe.problems import DocPath, suggest
 from surgery.recipe.table import OPERATORS, operator_class
 from surgery.stream.units import parse_size
@@ -161,10 +161,18 @@ def name_faults(
     a step that is itself faulty has None for an operator."""
     faults = []
     known = list(parents)
-    read: list[str] = []
+    read: set[int] = set()
+    number_of: dict[str, int] = {}
     for index, (name, operator) in enumerate(steps):
         for wanted in operator.input_names() if operator else ():
-            read.append(wanted)
+            if wanted == PREVIOUS:
+                read.add(index - 1)
+                if index == 0 and len(parents) > 1:
+                    problem = f"which of {len(parents)} parents this step works on is not said"
+                    hint = f"add `input:` with one of {', '.join(map(str, parents))}"
+                    faults.append(_fault(("steps", index), problem, hint=hint))
+                continue
+            read.add(number_of.get(wanted, -1))
             if wanted not in known:
                 path, at_key = _place_of(wanted, operator)
                 later = any(wanted == other for other, _ in steps[index:])
@@ -177,13 +185,14 @@ def name_faults(
                 faults.append(_fault(("steps", index, "name"), problem))
             else:
                 known.append(name)
+                number_of[name] = index
     if all(operator for _, operator in steps):
         faults += [
             _fault(
                 ("steps", index), "nothing reads the result of this step",
                 hint="give the step a `name` and read it in a later step",
             )
-            for index, (name, _) in enumerate(steps[:-1]) if name not in read
+            for index in range(len(steps) - 1) if index not in read
         ]  # fmt: skip
     if isinstance(tokenizer_from, str) and tokenizer_from not in known:
         problem = f"`{tokenizer_from}` is no parent and no step"

@@ -19,6 +19,7 @@ import numpy as np
 
 from surgery.codecs.fp8_block import Fp8Block
 from surgery.errors import CheckpointError, SurgeryError
+from surgery.operators.protocol import Decision, LayerOperator
 from surgery.recipe.table import operator_class
 from surgery.report.inspect import ragged_fp8
 from surgery.stream.checkpoint import Checkpoint, ComputedRef, ReadContext, StoredRef, TensorRef
@@ -31,6 +32,8 @@ from surgery.stream.source import open_checkpoint
 State = Literal["passed", "failed", "skipped", "noted"]
 Progress = Callable[[str, int, int], None]
 READ = 8 << 20
+STEP_KEYS = ("op", "parents", "result", "decision")
+"""What a step of a manifest holds beside its params."""
 
 
 @dataclass(frozen=True)
@@ -225,9 +228,13 @@ def rebuild(manifest: Mapping[str, Any]) -> Checkpoint:
     }
     result = next(iter(made.values()))
     for step in manifest["steps"]:
-        params = {key: value for key, value in step.items() if key not in ("op", "parents", "result")}
+        params = {key: value for key, value in step.items() if key not in STEP_KEYS}
         operator = operator_class(step["op"]).model_validate(params)
-        result = operator.apply({name: made[label] for name, label in step["parents"].items()})
+        inputs = {name: made[label] for name, label in step["parents"].items()}
+        if isinstance(operator, LayerOperator):
+            result = operator.finish(inputs, Decision(step["decision"]))
+        else:
+            result = operator.apply(inputs)
         made[result.label] = result
     return result
 

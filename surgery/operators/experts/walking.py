@@ -135,7 +135,7 @@ def collect(
             "calibration": data.describe(), "model": model_fingerprint(checkpoint), "routing": "model",
             "propagate": criterion.propagate, "device": device.type,
             "dtype": str(dtype).removeprefix("torch."), "batch_tokens": BATCH_TOKENS[device.type],
-            "torch": torch.__version__,
+            "torch": str(torch.__version__),
         }  # fmt: skip
         settings = WalkSettings(
             device, dtype,

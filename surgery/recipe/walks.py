@@ -1,0 +1,151 @@
+"""Layer steps of a recipe: their walks run once, and their decisions survive a kill.
+
+Snapshots, hidden states beyond the budget and decisions live in `OUT.walk` beside the output, one folder a
+step, until the output is whole. A decision is kept under a fingerprint of everything it depends on; a walk of
+something else is refused with the difference named.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from surgery.errors import PlanError
+from surgery.operators.protocol import Decision, LayerOperator, Operator, RunContext
+from surgery.recipe.build import outline
+from surgery.stream.checkpoint import Checkpoint, Event
+from surgery.stream.journal import first_difference, lock
+from surgery.stream.writer import disk_error
+
+DECISION = "decision.json"
+
+
+@dataclass
+class Planner:
+    """Applies steps from headers and collects what their walks would need."""
+
+    context: RunContext
+
+    def __post_init__(self) -> None:
+        self.walks: list[dict[str, Any]] = []
+
+    def apply(self, index: int, operator: Operator, inputs: Mapping[str, Checkpoint]) -> Checkpoint:
+        if isinstance(operator, LayerOperator):
+            needs = operator.estimate(inputs, self.context)
+            if needs:
+                self.walks.append({"step": index, "op": operator.op, **needs})
+        return outline(index, operator, inputs)
+
+
+@dataclass(frozen=True)
+class Walker:
+    """Applies steps for good: walks where there is no decision yet. `folder` is OUT.walk."""
+
+    context: RunContext
+    folder: Path
+    fresh: bool = False
+    leads: bool = True
+    """Whether this process writes; others of a torchrun only walk."""
+
+    def apply(self, index: int, operator: Operator, inputs: Mapping[str, Checkpoint]) -> Checkpoint:
+        if not isinstance(operator, LayerOperator):
+            return operator.apply(inputs)
+        place = self.folder / f"step-{index:02d}"
+        identity = self._identity(operator, inputs)
+        decision = None if self.fresh else read_decision(place / DECISION, identity)
+        if decision is None:
+            if self.leads:
+                place.mkdir(parents=True, exist_ok=True)
+            decision = operator.decide(inputs, replace(self.context, folder=place))
+            if self.leads:
+                write_decision(place / DECISION, identity, decision)
+                for path in place.iterdir():
+                    if path.name != DECISION:
+                        path.unlink()
+        return operator.finish(inputs, decision)
+
+    def _identity(self, operator: LayerOperator, inputs: Mapping[str, Checkpoint]) -> dict[str, Any]:
+        context = self.context
+        return {
+            "op": operator.op, "params": operator.summary(), "device": context.device,
+            "dtype": context.dtype, "threads": context.threads,
+            "inputs": {
+                name: {
+                    "steps": list(checkpoint.history),
+                    "files": {source.label: source.identity() for source in checkpoint.inputs},
+                }
+                for name, checkpoint in inputs.items()
+            },
+        }  # fmt: skip
+
+
+def walk_folder(out: Path) -> Path:
+    """Where the walks of an output keep what they need to go on."""
+    return out.with_name(out.name + ".walk")
+
+
+@contextmanager
+def walk_place(out: Path, *, fresh: bool) -> Iterator[Path]:
+    """The walks' folder, locked. It stays behind when the context ends with an error, so that the same
+    command resumes."""
+    folder = walk_folder(out)
+    if folder.is_dir() and not (folder / "surgery-lock").is_file() and any(folder.iterdir()):
+        raise PlanError(
+            f"{folder} exists and was not made by surgery",
+            hint="move it away, or choose another output folder",
+        )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise PlanError(f"cannot create {folder}: {error.strerror}", hint="choose another folder") from error
+    held = lock(folder)
+    try:
+        if fresh:
+            for path in folder.iterdir():
+                if path.is_dir():
+                    shutil.rmtree(path)
+        yield folder
+    finally:
+        os.close(held)
+    shutil.rmtree(folder)
+
+
+def read_decision(path: Path, identity: Mapping[str, Any]) -> Decision | None:
+    """The decision of an earlier run of the same step; None where there is none. PlanError for another's."""
+    if not path.is_file():
+        return None
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        return None
+    difference = first_difference(found["identity"], json.loads(json.dumps(identity)))
+    if difference:
+        raise PlanError(
+            f"{path.parent} holds the walk of something else: {difference}",
+            hint="use another output folder, or restart with --fresh",
+        )
+    events = tuple(Event(each["kind"], each["message"], tuple(each["tensors"])) for each in found["events"])
+    return Decision(found["data"], found["texts"], tuple(found["measurements"]), events)
+
+
+def write_decision(path: Path, identity: Mapping[str, Any], decision: Decision) -> None:
+    """Keep a decision; renamed into place when it is whole."""
+    document = {
+        "identity": identity, "data": decision.data, "texts": decision.texts,
+        "measurements": decision.measurements, "events": [each.as_dict() for each in decision.events],
+    }  # fmt: skip
+    temporary = path.with_suffix(".tmp")
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            json.dump(document, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.rename(temporary, path)
+    except OSError as error:
+        raise disk_error(error, path) from error
