@@ -135,7 +135,7 @@ class LayerStatistics:
     ) -> None:
         if self._norms is None:
             raise TypeError("an expert ran before the routing was known")
-        self._norms[entries] = out.float().norm(dim=-1)
+        self._norms[entries] = row_norms(out)
 
     def combined(self, routing: Routing, out: torch.Tensor) -> None:
         norms, residual = self._norms, self._residual
@@ -159,6 +159,14 @@ class LayerStatistics:
                 f"layer {self._layer}: an expert's output or its gate is NaN or infinity",
                 hint="look for NaN in the weights (surgery verify), or compute in float32 (--dtype float32)",
             )
+
+
+def row_norms(values: torch.Tensor) -> torch.Tensor:
+    """‖·‖₂ of each row of [n, hidden], computed in float32."""
+    import torch
+
+    norms: torch.Tensor = torch.linalg.vector_norm(values, dim=-1, dtype=torch.float32)
+    return norms
 
 
 def token_contributions(residual: torch.Tensor, routed: torch.Tensor) -> torch.Tensor:

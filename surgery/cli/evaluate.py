@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from surgery.cli.options import Json, Quiet, Threads
+from surgery.cli.options import DEFAULT_MEMORY, Json, Memory, Quiet, Threads, memory_bytes
 from surgery.cli.render import Output
 
 
@@ -50,6 +50,10 @@ def evaluate(
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run code that the model ships.")
     ] = False,
+    streamed: Annotated[
+        bool, typer.Option("--streamed", help="Measure --text layer by layer, in the memory of one layer.")
+    ] = False,
+    memory: Memory = DEFAULT_MEMORY,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -61,7 +65,8 @@ def evaluate(
         found = measure(
             models, tasks=tasks, text=text, parent=parent, limit=limit, max_new_tokens=max_new_tokens,
             context=context, answer=answer, tag=tag, add_bos=bos, device=device, dtype=dtype, threads=threads,
-            trust_remote_code=trust_remote_code, progress=tell,
+            trust_remote_code=trust_remote_code, streamed=streamed, memory_bytes=memory_bytes(memory),
+            progress=tell,
         )  # fmt: skip
     if json:
         output.document(found.as_dict())

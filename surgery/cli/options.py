@@ -19,6 +19,7 @@ Set = Annotated[
     typer.Option("--set", metavar="KEY=VALUE", help="Override a field, e.g. parents.base=PATH. Repeatable."),
 ]
 Out = Annotated[Path, typer.Option("--out", "-o", metavar="FOLDER", help="The output folder.")]
+DEFAULT_MEMORY = "1GiB"
 Memory = Annotated[
     str, typer.Option("--memory", metavar="SIZE", help="Budget of the buffers in flight, at least 256MB.")
 ]

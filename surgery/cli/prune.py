@@ -8,9 +8,19 @@ from typing import Annotated, Any
 
 import typer
 
-from surgery.cli.options import Device, Dtype, Json, Memory, Quiet, RemoteCode, Threads, memory_bytes
+from surgery.cli.options import (
+    DEFAULT_MEMORY,
+    Device,
+    Dtype,
+    Json,
+    Memory,
+    Quiet,
+    RemoteCode,
+    Threads,
+    memory_bytes,
+)
 from surgery.cli.render import Output
-from surgery.cli.run import DEFAULT_MEMORY, resumable, run_and_show, show_plan
+from surgery.cli.run import resumable, run_and_show, show_plan
 from surgery.errors import UsageError
 
 

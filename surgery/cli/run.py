@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from surgery.cli.options import (
+    DEFAULT_MEMORY,
     Device,
     Dtype,
     Json,
@@ -32,8 +33,6 @@ if TYPE_CHECKING:
     from surgery.recipe.load import LoadedRecipe
     from surgery.recipe.run import Plan
     from surgery.stream.save import SaveOptions
-
-DEFAULT_MEMORY = "1GiB"
 
 
 def register(app: typer.Typer) -> None:
@@ -114,15 +113,20 @@ def show_result(output: Output, folder: Path, manifest: Any) -> None:
         return
     output.events(manifest["events"])
     coverage_table(output, "Where the tensors come from", manifest["coverage"])
-    output.table(
-        "Distance of the parents from the base",
-        ("parent", "role", "rms", "relative", "measured"),
-        [
-            (row["parent"], row["role"], _figure(row["rms"]), _range(row["relative"]), row["measured"])
-            for row in distance_rows(manifest)
-        ],
-        right=(2, 3),
-    )
+    distances = [
+        (row["parent"], row["role"], _figure(row["rms"]), _range(row["relative"]), row["measured"])
+        for row in distance_rows(manifest)
+    ]
+    if distances:
+        columns = ("parent", "role", "rms", "relative", "measured")
+        output.table("Distance of the parents from the base", columns, distances, right=(2, 3))
+    for row in manifest["measurements"]:
+        if row.get("kind") == "experts":
+            output.say(f"{row['op']}: {row['kept']} of {row['experts']} experts stay in each layer")
+    if manifest["dropped"]:
+        output.say(
+            f"{len(manifest['dropped'])} tensors were dropped; the manifest names each with its reason"
+        )
     ran = manifest["run"]
     output.say(
         f"{folder}: {manifest['output']['tensors']} tensors, {format_bytes(manifest['output']['bytes'])}, "

@@ -8,7 +8,7 @@ that differ) fails before the first weight is read.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -23,10 +23,13 @@ from surgery.evaluate.divergence import Divergence, window_divergence
 from surgery.evaluate.greedy import BATCH_SIZE, replies
 from surgery.evaluate.load import LoadedModel, load_model
 from surgery.evaluate.perplexity import Perplexity, logits_of, read_documents, window_nll
+from surgery.evaluate.streamed import StreamedModel, stream_model
 from surgery.evaluate.table import Evaluation, ModelScore, Settings
 from surgery.evaluate.tasks import Problem, Reply, compile_pattern, judge, read_problems, score
 
 if TYPE_CHECKING:
+    import torch
+
     from surgery.evaluate.candidates import Model
 
 
@@ -48,6 +51,8 @@ def evaluate(
     dtype: str | None = None,
     threads: int | None = None,
     trust_remote_code: bool = False,
+    streamed: bool = False,
+    memory_bytes: int = 1 << 30,
     progress: Progress | None = None,
 ) -> Evaluation:
     """Measure models beside each other.
@@ -62,6 +67,8 @@ def evaluate(
         their KL divergence from it.
     add_bos: whether prompts and documents begin with the start token (default: see `tokenizer.py`).
     device, dtype: cpu in float32 by default, cuda in bfloat16. threads: of torch (default: see `threads.py`).
+    streamed: measure the text by walking each model layer by layer, in the memory of one layer; hidden states
+        and experts that are kept fit `memory_bytes`.
 
     Raises UsageError for settings and input files, CheckpointError for models.
     """
@@ -74,6 +81,10 @@ def evaluate(
         batch_size=batch_size,
         threads=threads,
     )
+    if streamed and tasks is not None:
+        raise UsageError(
+            "replies need the whole model in memory", hint="leave out the tasks, or the streaming"
+        )
     pattern = compile_pattern(answer)
     place, compute = placement(device, dtype)
     problems = read_problems(Path(tasks), limit) if tasks is not None else ()
@@ -100,14 +111,16 @@ def evaluate(
         device=str(place),
         dtype=str(compute).removeprefix("torch."),
         threads=threads,
+        streamed=streamed,
     )
-    run = _Run(pattern, trust_remote_code, progress or _silent)
+    run = _Run(pattern, trust_remote_code, memory_bytes, progress or _silent)
     rows: dict[str, ModelScore] = {}
-    kept: LoadedModel | None = None
+    kept: Readable | None = None
     for candidate in sorted(candidates, key=lambda each: each.name != parent_name):
         weights = sum(ref.numel for ref in candidate.checkpoint.tensors.values())
         with torch_threads(threads, weights):
-            row, loaded = _measure(candidate, kept, parent_name, problems, settings, run)
+            loaded = _made_ready(candidate, settings, run)
+            row = _measure(candidate, loaded, kept, parent_name, problems, settings, run)
         rows[candidate.name] = row
         if row.is_parent and documents:
             kept = loaded
@@ -128,42 +141,64 @@ class _Run:
 
     pattern: re.Pattern[str] | None
     trust_remote_code: bool
+    memory_bytes: int
     tell: Progress
+
+
+Readable = LoadedModel | StreamedModel
+"""A model whose logits on the windows can be read: in memory, or at the end of a walk."""
+
+
+def _made_ready(candidate: Candidate, settings: Settings, run: _Run) -> Readable:
+    if not settings.streamed:
+        return load_model(
+            candidate.checkpoint,
+            device=settings.device,
+            dtype=settings.dtype,
+            trust_remote_code=run.trust_remote_code,
+            progress=run.tell,
+            stage=f"{candidate.name}: load",
+        )
+    device, dtype = placement(settings.device, settings.dtype)
+    return stream_model(
+        candidate.checkpoint,
+        candidate.windows,
+        device=device,
+        dtype=dtype,
+        memory_bytes=run.memory_bytes,
+        trust_remote_code=run.trust_remote_code,
+        progress=run.tell,
+        stage=f"{candidate.name}: walk",
+    )
 
 
 def _measure(
     candidate: Candidate,
-    parent: LoadedModel | None,
+    model: Readable,
+    parent: Readable | None,
     parent_name: str | None,
     problems: Sequence[Problem],
     settings: Settings,
     run: _Run,
-) -> tuple[ModelScore, LoadedModel]:
-    """Load one model and fill its row."""
+) -> ModelScore:
+    """Fill the row of one model."""
     begun = perf_counter()
-    loaded = load_model(
-        candidate.checkpoint,
-        device=settings.device,
-        dtype=settings.dtype,
-        trust_remote_code=run.trust_remote_code,
-        progress=run.tell,
-        stage=f"{candidate.name}: load",
-    )
-    answers = _answers(loaded, candidate, problems, settings, run)
-    perplexity, divergence = _on_text(loaded, candidate, parent, parent_name, settings, run)
-    row = ModelScore(
+    answers: list[Reply] = []
+    if isinstance(model, LoadedModel):
+        answers = _answers(model, candidate, problems, settings, run)
+    perplexity, divergence = _on_text(model, candidate, parent, parent_name, settings, run)
+    return ModelScore(
         name=candidate.name,
         model=candidate.checkpoint.label,
         is_parent=candidate.name == parent_name,
-        parameters=loaded.parameters,
-        left_out=loaded.left_out,
+        parameters=model.parameters,
+        left_out=model.left_out,
         starts_with_bos=bool(candidate.tokenizer.start),
         tasks=score(answers, settings.tag) if answers else None,
         perplexity=perplexity,
         divergence=divergence,
         seconds=perf_counter() - begun,
     )
-    return row, loaded
 
 
 def _check_positive(**counts: int | None) -> None:
@@ -200,9 +235,9 @@ def _answers(
 
 
 def _on_text(
-    loaded: LoadedModel,
+    model: Readable,
     candidate: Candidate,
-    parent: LoadedModel | None,
+    parent: Readable | None,
     parent_name: str | None,
     settings: Settings,
     run: _Run,
@@ -211,15 +246,23 @@ def _on_text(
     if settings.context is None:
         return None, None
     sums, divergences = [], []
-    for done, window in enumerate(candidate.windows, start=1):
-        logits = logits_of(loaded, window)
+    read = _logits(model, candidate)
+    theirs = _logits(parent, candidate) if parent is not None else None
+    for done, (window, logits) in enumerate(zip(candidate.windows, read, strict=True), start=1):
         sums.append(window_nll(logits, window))
-        if parent is not None:
-            divergences.append(window_divergence(logits_of(parent, window), logits))
+        if theirs is not None:
+            divergences.append(window_divergence(next(theirs), logits))
         run.tell(f"{candidate.name}: text", done, len(candidate.windows))
     sizes = [len(window) - 1 for window in candidate.windows]
     perplexity = Perplexity.of(sums, sizes, settings.context)
     return perplexity, Divergence.of(parent_name or "", divergences) if divergences else None
+
+
+def _logits(model: Readable, candidate: Candidate) -> Iterator[torch.Tensor]:
+    """Logits of each window in turn."""
+    if isinstance(model, LoadedModel):
+        return (logits_of(model, window) for window in candidate.windows)
+    return model.logits()
 
 
 def _notes(

@@ -30,6 +30,7 @@ class Settings:
     dtype: str
     confidence: float = CONFIDENCE
     threads: int | None = None
+    streamed: bool = False
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,89 @@
+"""Perplexity and divergence through the layer walk: a model of any size in the memory of one layer.
+
+The same windows, figures and conventions as with the model in memory; replies to problems need the whole
+model and are not measured this way. A parent's hidden states are kept for its children, so memory is two
+generations of hidden states for each of the two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from surgery.calibrate.batches import Batch
+from surgery.calibrate.budget import BATCH_TOKENS, expert_share, host_share
+from surgery.calibrate.state import left_out, used
+from surgery.calibrate.walk import Walk, WalkSettings
+
+if TYPE_CHECKING:
+    from surgery.calibrate.state import Progress
+    from surgery.stream.checkpoint import Checkpoint
+
+
+@dataclass(frozen=True)
+class StreamedModel:
+    """A walk that has come to the end, and the windows of each of its batches."""
+
+    walk: Walk
+
+    @property
+    def parameters(self) -> int:
+        """Weights of the checkpoint's tensors that are run."""
+        return sum(ref.numel for ref in used(self.walk.checkpoint))
+
+    @property
+    def left_out(self) -> tuple[str, ...]:
+        return left_out(self.walk.checkpoint)
+
+    def logits(self) -> Iterator[torch.Tensor]:
+        """Logits of the predictions inside each window in turn, [len(window) - 1, vocabulary]."""
+        for batch, logits in zip(self.walk.batches, self.walk.logits(), strict=True):
+            for row, length in enumerate(batch.lengths):
+                yield logits[row, : length - 1]
+
+
+def stream_model(
+    checkpoint: Checkpoint,
+    windows: Sequence[Sequence[int]],
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    memory_bytes: int,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+    stage: str = "walk",
+) -> StreamedModel:
+    """Walk a model over windows of ids. Raises what the walk does."""
+    rows = max(1, BATCH_TOKENS[device.type] // max(len(window) for window in windows))
+    batches = []
+    for start in range(0, len(windows), rows):
+        batches += _batches(windows[start : start + rows])
+    settings = WalkSettings(
+        device, dtype,
+        room_bytes=expert_share(memory_bytes) if device.type == "cpu" else memory_bytes,
+        host_bytes=host_share(memory_bytes),
+        trust_remote_code=trust_remote_code,
+        progress=(lambda _, done, total: progress(stage, done, total)) if progress else None,
+    )  # fmt: skip
+    walk = Walk(checkpoint, batches, [], settings)
+    walk.run()
+    return StreamedModel(walk)
+
+
+def _batches(windows: Sequence[Sequence[int]]) -> list[Batch]:
+    """Windows in order; the last one of a text may be shorter and goes by itself."""
+    found: list[Batch] = []
+    rows: list[Sequence[int]] = []
+    for window in windows:
+        if rows and len(rows[0]) != len(window):
+            found.append(_batch(rows))
+            rows = []
+        rows.append(window)
+    return [*found, _batch(rows)]
+
+
+def _batch(rows: Sequence[Sequence[int]]) -> Batch:
+    return Batch(torch.tensor([list(row) for row in rows]), tuple(len(row) for row in rows))
