@@ -125,7 +125,7 @@ def show_result(output: Output, folder: Path, manifest: Any) -> None:
             output.say(f"{row['op']}: {row['kept']} of {row['experts']} experts stay in each layer")
     if manifest["dropped"]:
         output.say(
-            f"{len(manifest['dropped'])} tensors were dropped; the manifest names each with its reason"
+            f"{len(manifest['dropped'])} tensors were dropped; the manifest names each and says why"
         )
     ran = manifest["run"]
     output.say(
