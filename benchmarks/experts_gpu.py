@@ -53,11 +53,12 @@ class RandomBank(ExpertBank):
 
     def form(self, expert: int, projection: str) -> StoredForm:
         rows, cols = (HIDDEN, INNER) if projection == "down" else (INNER, HIDDEN)
-        generator = torch.Generator().manual_seed(7 * expert + len(projection))
-        codes = torch.randint(0, 256, (rows, cols), dtype=torch.uint8, generator=generator)
+        generator = torch.Generator(self.device).manual_seed(7 * expert + len(projection))
+        made = {"device": self.device, "generator": generator}
+        codes = torch.randint(0, 256, (rows, cols), dtype=torch.uint8, **made)
         codes[(codes & 0x7F) == 0x7F] = 0x38  # no NaN
-        scales = torch.rand(rows // 128, cols // 128, generator=generator) * 2e-4 + 1e-4
-        return StoredForm(codes, scales, None)
+        scales = torch.rand(rows // 128, cols // 128, **made) * 2e-4 + 1e-4
+        return StoredForm(codes.cpu(), scales.cpu(), None)
 
     def _form(self, expert: int, projection: str) -> StoredForm:
         return self.form(expert, projection)

@@ -49,7 +49,7 @@ class WalkEstimate:
     @property
     def host_bytes(self) -> int:
         hidden = 0 if self.hidden_on_disk else 2 * self.hidden_bytes
-        return hidden + (self.device_bytes if self.device == "cpu" else 0)
+        return hidden + (self.device_bytes if self.device == "cpu" else 2 * self.expert_bytes)
 
     @property
     def disk_bytes(self) -> int:

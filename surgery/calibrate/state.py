@@ -231,8 +231,8 @@ def decode_blocks(codes: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype)
     """e4m3 codes [R, C] (uint8) times their 128×128 block scales, in float32, rounded once to `dtype`."""
     import torch
 
-    values = codes.view(torch.float8_e4m3fn).to(torch.float32)
-    return scale_blocks(values, scales).to(dtype)
+    # Codes are exact in every compute dtype; the product is made in float32, that of the scales, and rounded.
+    return scale_blocks(codes.view(torch.float8_e4m3fn).to(dtype), scales)
 
 
 def stored_form(ref: TensorRef, dtype: torch.dtype) -> StoredForm:
