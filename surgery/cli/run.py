@@ -124,9 +124,7 @@ def show_result(output: Output, folder: Path, manifest: Any) -> None:
         if row.get("kind") == "experts":
             output.say(f"{row['op']}: {row['kept']} of {row['experts']} experts stay in each layer")
     if manifest["dropped"]:
-        output.say(
-            f"{len(manifest['dropped'])} tensors were dropped; the manifest names each and says why"
-        )
+        output.say(f"{len(manifest['dropped'])} tensors were dropped; the manifest names each and says why")
     ran = manifest["run"]
     output.say(
         f"{folder}: {manifest['output']['tensors']} tensors, {format_bytes(manifest['output']['bytes'])}, "

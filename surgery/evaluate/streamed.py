@@ -11,15 +11,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
-
-from surgery.calibrate.batches import Batch
 from surgery.calibrate.budget import BATCH_TOKENS, expert_share, host_share
 from surgery.calibrate.state import left_out, used
-from surgery.calibrate.walk import Walk, WalkSettings
 
 if TYPE_CHECKING:
+    import torch
+
+    from surgery.calibrate.batches import Batch
     from surgery.calibrate.state import Progress
+    from surgery.calibrate.walk import Walk
     from surgery.stream.checkpoint import Checkpoint
 
 
@@ -57,6 +57,8 @@ def stream_model(
     stage: str = "walk",
 ) -> StreamedModel:
     """Walk a model over windows of ids. Raises what the walk does."""
+    from surgery.calibrate.walk import Walk, WalkSettings
+
     rows = max(1, BATCH_TOKENS[device.type] // max(len(window) for window in windows))
     batches = []
     for start in range(0, len(windows), rows):
@@ -86,4 +88,8 @@ def _batches(windows: Sequence[Sequence[int]]) -> list[Batch]:
 
 
 def _batch(rows: Sequence[Sequence[int]]) -> Batch:
+    import torch
+
+    from surgery.calibrate.batches import Batch
+
     return Batch(torch.tensor([list(row) for row in rows]), tuple(len(row) for row in rows))

@@ -183,6 +183,7 @@ def name_faults(
             if name in known:
                 problem = f"`{name}` is already a parent or an earlier step"
                 faults.append(_fault(("steps", index, "name"), problem))
+                read.add(index)  # who reads it cannot be told
             else:
                 known.append(name)
                 number_of[name] = index

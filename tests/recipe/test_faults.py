@@ -15,6 +15,7 @@ from surgery.errors import RecipeError
 from surgery.operators.protocol import Kind, Operator
 from surgery.recipe.document import MAX_CHARS, MAX_VALUES
 from surgery.recipe.load import recipe_from_dict
+from surgery.recipe.table import OPERATORS
 
 # What the fault is, the recipe, the exact place, the message, the hint.
 FAULTS: list[tuple[str, str, str, str, str]] = [
@@ -35,7 +36,7 @@ FAULTS: list[tuple[str, str, str, str, str]] = [
     ("op is no text", edited("op: merge.aoe", "op: 3"), "5:9", "`steps.0.op` must be text, not `3`",
      'put it in quotes: "3"'),
     ("op is missing", edited("op: merge.aoe", "name: x"), "5:5", "`steps.0.op` is missing",
-     "operators: merge.aoe"),
+     f"operators: {', '.join(OPERATORS)}"),
     ("unknown module", edited("merge.aoe", "no_such_package.ops:Merge"), "5:9",
      "operator no_such_package.ops:Merge cannot be imported: No module named 'no_such_package'", ""),
     ("unknown class", edited("merge.aoe", "surgery.errors:Merge"), "5:9",

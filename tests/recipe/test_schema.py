@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from surgery.recipe.schema import json_schema
+from surgery.recipe.table import OPERATORS
 
 
 def test_json_schema() -> None:
@@ -18,7 +19,9 @@ def test_json_schema() -> None:
     assert set(step["required"]) == {"op", "base", "weights"}
     assert {"name", "select", "threshold", "norm"} <= set(step["properties"])
     assert {"$ref": "#/$defs/merge.aoe"} in definitions["Step"]["anyOf"]
-    assert set(definitions) == {"Output", "Step", "Rule", "merge.aoe"}
+    assert set(OPERATORS) <= set(definitions)
+    shared = set(definitions) - set(OPERATORS)
+    assert shared == {"Output", "Step", "Rule", "Calibration"}
 
 
 def test_json_schema_references_resolve() -> None:
