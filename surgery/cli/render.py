@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -132,19 +133,25 @@ class Output:
         columns = (what, BarColumn(), amount, TimeRemainingColumn())
         with Progress(*columns, console=self.err, transient=True) as bars:
             tasks: dict[str, Any] = {}
+            begun: dict[str, tuple[float, int]] = {}
 
             def tell(stage: str, done: int, total: int) -> None:
                 if stage not in tasks:
                     tasks[stage] = bars.add_task(stage, total=total, amount="")
-                amount = _amount(stage, done, total)
+                    begun[stage] = (time.monotonic(), done)
+                amount = _amount(stage, done, total, *begun[stage])
                 bars.update(tasks[stage], completed=done, total=total, amount=amount)
 
             yield tell
 
 
-def _amount(stage: str, done: int, total: int) -> str:
+def _amount(stage: str, done: int, total: int, begun: float, first: int) -> str:
     if stage == "write":
         return f"{done / 1e9:.2f}/{total / 1e9:.2f} GB"
+    if stage.endswith("walk"):
+        # Tokens count once in every layer.
+        rate = (done - first) / max(time.monotonic() - begun, 1e-3)
+        return f"{done / max(total, 1):.0%}, {rate:,.0f} tokens/s in a layer"
     return f"{done}/{total}"
 
 

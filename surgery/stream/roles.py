@@ -65,7 +65,7 @@ class ExpertRules:
     `count` and `top_k` are config keys; `groups` those of the number of routing groups and of the groups
     that a token may choose from, where the router is limited to groups. `projections` are the names of gate,
     up and down projection behind the expert's index; `norm` is the norm in front of the experts, whose input
-    is the residual stream.
+    is the residual stream. `observable` is False where transformers runs all experts in one operation.
     """
 
     count: str
@@ -73,6 +73,7 @@ class ExpertRules:
     projections: tuple[str, str, str]
     norm: str
     groups: tuple[str, str] | None
+    observable: bool = True
 
 
 @dataclass(frozen=True)
@@ -211,7 +212,8 @@ def _family(name: str, documents: Mapping[str, Any]) -> _Family:
 def _expert_rules(rules: Mapping[str, Any]) -> ExpertRules:
     gate, up, down = rules["projections"]
     groups = tuple(rules["groups"]) if "groups" in rules else None
-    return ExpertRules(rules["count"], rules["top_k"], (gate, up, down), rules["norm"], groups)
+    observable = bool(rules.get("observable", True))
+    return ExpertRules(rules["count"], rules["top_k"], (gate, up, down), rules["norm"], groups, observable)
 
 
 def _fused_rule(name: str, rule: Mapping[str, Any]) -> FusedRule:

@@ -89,10 +89,7 @@ class PruneStep:
         if layer not in self.shape.layers:
             return None
         if built.experts is None:
-            raise CheckpointError(
-                f"the experts of layer {layer} run all at once in transformers and cannot be observed",
-                hint="drop experts by list (experts.drop), by weights (experts.aimer) or at random",
-            )
+            raise TypeError(f"the experts of layer {layer} do not run one by one")
         self._taking = LayerStatistics(
             layer, self.shape.count, len(self.domains), self.shape.rules.norm, self.ranks
         )
@@ -126,6 +123,7 @@ def collect(
     criterion: Criterion, checkpoint: Checkpoint, shape: ExpertShape, context: RunContext
 ) -> Collected:
     """Walk the model over the criterion's demonstrations."""
+    check_walkable(checkpoint, shape)
     device, dtype = placement(context.device, context.dtype)
     data, pad = calibration_set(criterion, checkpoint, context)
     weights = sum(ref.numel for ref in checkpoint.tensors.values())
@@ -156,6 +154,23 @@ def collect(
         {"calibration": data.describe(), "layers": [each.as_dict() for each in walk.report]},
         data_events(data),
     )
+
+
+def check_walkable(checkpoint: Checkpoint, shape: ExpertShape) -> None:
+    """Refuse, from headers, what a walk could not compute with or look at."""
+    hint = "drop experts by list (experts.drop), by weights (experts.aimer) or at random (experts.random)"
+    if not shape.rules.observable:
+        raise CheckpointError(
+            f"transformers runs all experts of {checkpoint.config.get('model_type')!r} in one operation: "
+            "what each of them does cannot be observed",
+            hint=hint,
+        )
+    for ref in checkpoint.tensors.values():
+        if ref.info.layer is not None and not ref.info.mtp and not ref.codec.decodable:
+            raise CheckpointError(
+                f"{ref.name} is stored as {ref.codec.name}, which can be copied but not computed with",
+                hint=f"{hint}, or start from a bf16 or FP8 checkpoint",
+            )
 
 
 def room_bytes(device: torch.device, memory_bytes: int) -> int:
@@ -199,6 +214,7 @@ def estimate(
     criterion: Criterion, checkpoint: Checkpoint, shape: ExpertShape, context: RunContext
 ) -> Mapping[str, Any]:
     """The walk's needs for a plan. The device need not be there."""
+    check_walkable(checkpoint, shape)
     data, pad = calibration_set(criterion, checkpoint, context)
     kind = "cuda" if context.device.startswith("cuda") else "cpu"
     dtype = context.dtype or ("float32" if kind == "cpu" else "bfloat16")
