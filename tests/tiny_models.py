@@ -31,6 +31,7 @@ COMMON = {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
+_TWO_LAYERS: dict[str, Any] = {"num_hidden_layers": 2, "intermediate_size": 96}
 CONFIGS: dict[str, dict[str, Any]] = {
     "llama": {"intermediate_size": 160, "num_hidden_layers": 2},
     "deepseek_v3": {
@@ -39,6 +40,39 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "v_head_dim": 32, "n_routed_experts": 8, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1,
         "n_shared_experts": 1, "moe_intermediate_size": 96, "num_nextn_predict_layers": 0,
     },
+    "mixtral": {**_TWO_LAYERS, "num_local_experts": 6, "num_experts_per_tok": 2},
+    "olmoe": {**_TWO_LAYERS, "num_experts": 6, "num_experts_per_tok": 2},
+    "qwen2_moe": {
+        **_TWO_LAYERS, "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 48,
+        "shared_expert_intermediate_size": 80, "decoder_sparse_step": 1,
+    },
+    "qwen3_moe": {
+        **_TWO_LAYERS, "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 48,
+        "decoder_sparse_step": 1, "head_dim": 16,
+    },
+    "glm4_moe": {
+        "num_hidden_layers": 3, "first_k_dense_replace": 1, "intermediate_size": 96, "n_routed_experts": 6,
+        "num_experts_per_tok": 2, "moe_intermediate_size": 48, "n_group": 1, "topk_group": 1,
+        "n_shared_experts": 1, "head_dim": 16,
+    },
+    "gpt_oss": {
+        **_TWO_LAYERS, "num_local_experts": 6, "num_experts_per_tok": 2, "head_dim": 16, "sliding_window": 8,
+    },
+    "llama4_text": {
+        **_TWO_LAYERS, "num_local_experts": 4, "num_experts_per_tok": 1, "head_dim": 16,
+        "intermediate_size_mlp": 96, "interleave_moe_layer_step": 1,
+    },
+    "gemma2": {**_TWO_LAYERS, "head_dim": 16, "sliding_window": 8},
+    "gemma3_text": {
+        "intermediate_size": 96, "num_hidden_layers": 7, "head_dim": 16, "sliding_window": 8,
+    },
+    "phi3": _TWO_LAYERS,
+    "qwen2": {**_TWO_LAYERS, "tie_word_embeddings": True},
+    "qwen3": {**_TWO_LAYERS, "head_dim": 16},
+    "mistral": {**_TWO_LAYERS, "sliding_window": 8},
+}  # fmt: skip
+CONFIGS["deepseek_v2"] = {
+    **CONFIGS["deepseek_v3"], "topk_method": "group_limited_greedy", "head_dim": 48,
 }  # fmt: skip
 
 

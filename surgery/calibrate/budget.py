@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
+from surgery.calibrate.state import by_expert
 from surgery.codecs.codec import matrix_shape
 from surgery.stream.checkpoint import Checkpoint, TensorRef
 
@@ -77,6 +78,15 @@ def expert_share(memory_bytes: int) -> int:
     return memory_bytes // 4
 
 
+def largest_experts(checkpoint: Checkpoint) -> int:
+    """Stored bytes of all routed experts of the layer that has most."""
+    layers: dict[int | None, int] = {}
+    for ref in checkpoint.tensors.values():
+        if ref.info.role == "routed_expert" and not ref.info.mtp:
+            layers[ref.info.layer] = layers.get(ref.info.layer, 0) + ref.nbytes
+    return max(layers.values(), default=0)
+
+
 def estimate_walk(
     checkpoint: Checkpoint,
     shapes: Sequence[tuple[int, int]],
@@ -96,10 +106,11 @@ def estimate_walk(
     dense = max((_dense(refs, itemsize) for refs in layers.values()), default=0)
     ends = [ref for ref in checkpoint.tensors.values() if ref.info.layer is None and not ref.info.mtp]
     embedding = max((ref.numel for ref in ends if ref.info.role == "embedding"), default=0) * itemsize
-    experts = max((_by_expert(refs) for refs in layers.values()), key=len, default={})
-    largest = max((sum(ref.nbytes for ref in refs) for refs in experts.values()), default=0)
-    decoded = max((sum(ref.numel for ref in refs) for refs in experts.values()), default=0) * itemsize
-    stored = sum(ref.nbytes for refs in experts.values() for ref in refs)
+    experts = max((by_expert(refs) for refs in layers.values()), key=len, default={})
+    sizes = [sum(ref.nbytes for ref in refs.values()) for refs in experts.values()]
+    weights = [sum(ref.numel for ref in refs.values()) for refs in experts.values()]
+    largest, decoded = max(sizes, default=0), max(weights, default=0) * itemsize
+    stored = sum(sizes)
     if device == "cpu":
         kept = min(expert_share(memory_bytes), decoded * len(experts))
     else:
@@ -154,11 +165,3 @@ def _text(checkpoint: Checkpoint) -> dict[str, Any]:
 
 def _dense(refs: Sequence[TensorRef], itemsize: int) -> int:
     return sum(prod(matrix_shape(ref.shape)) for ref in refs if ref.info.role != "routed_expert") * itemsize
-
-
-def _by_expert(refs: Sequence[TensorRef]) -> dict[int, list[TensorRef]]:
-    found: dict[int, list[TensorRef]] = {}
-    for ref in refs:
-        if ref.info.role == "routed_expert" and ref.info.expert is not None:
-            found.setdefault(ref.info.expert, []).append(ref)
-    return found

@@ -96,6 +96,16 @@ def missing_experts(checkpoint: Checkpoint) -> tuple[str, ...]:
     )
 
 
+def by_expert(refs: Iterable[TensorRef]) -> dict[int, dict[str, TensorRef]]:
+    """Routed experts' tensors of one layer by expert, then by the name behind the expert's index."""
+    found: dict[int, dict[str, TensorRef]] = {}
+    for ref in refs:
+        if ref.info.role == "routed_expert" and ref.info.expert is not None:
+            name = ref.name.partition(f".experts.{ref.info.expert}.")[2]
+            found.setdefault(ref.info.expert, {})[name] = ref
+    return found
+
+
 def shape_state(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
     """The state dict on the meta device: names and shapes, nothing read."""
     import torch

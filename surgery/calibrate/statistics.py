@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from surgery.calibrate.lines import read_json_file
 from surgery.errors import CheckpointError, UsageError
 
 if TYPE_CHECKING:
@@ -73,13 +74,8 @@ class ExpertStatistics:
 
 def read_statistics(path: Path) -> ExpertStatistics:
     """The statistics in a file; UsageError where it holds none."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UsageError(f"cannot read {path}: {error.strerror}") from error
-    except ValueError as error:
-        raise UsageError(f"{path} is no valid JSON: {error}") from error
-    if not isinstance(found, dict) or found.get("kind") != KIND:
+    found = read_json_file(path)
+    if found.get("kind") != KIND:
         raise UsageError(
             f"{path} holds no expert statistics", hint="`surgery prune` writes them beside weights"
         )

@@ -31,6 +31,7 @@ from surgery.calibrate.batches import Batch
 from surgery.calibrate.experts import ExpertBank, ExpertObserver, RoutedExperts, attach
 from surgery.calibrate.layers import BuiltLayer, LayeredModel
 from surgery.calibrate.ranks import ONE_RANK, Ranks
+from surgery.calibrate.state import by_expert
 from surgery.errors import CheckpointError, PlanError
 from surgery.stream.checkpoint import Checkpoint, TensorRef
 from surgery.stream.journal import first_difference
@@ -83,8 +84,9 @@ class LayerStep(Protocol):
     def outline(self, checkpoint: Checkpoint) -> Checkpoint:
         """The checkpoint as it will be behind this step, from headers: its config rules rewritten layers."""
 
-    def observe(self, layer: int, built: BuiltLayer) -> LayerObserver | None:
-        """Who looks on in this layer; None where the step has no interest in it."""
+    def observe(self, layer: int, *, has_experts: bool) -> LayerObserver | None:
+        """Who looks on in this layer; None where the step has no interest in it. `has_experts`: whether
+        experts run one by one in it."""
 
     def finish(self, layer: int, refs: Sequence[TensorRef], replay: Replay) -> Sequence[TensorRef] | None:
         """Decide, after the forward; the layer's new tensors, or None where it stays as it is."""
@@ -107,6 +109,33 @@ class LayerReport:
 
     def as_dict(self) -> dict[str, Any]:
         return {"layer": self.layer, "seconds": self.seconds, "rms": self.rms, "change": self.change}
+
+
+@dataclass
+class PassageSums:
+    """Squares of the hidden states in front of a layer and behind it, tokens of padding left out."""
+
+    before: float = 0.0
+    after: float = 0.0
+    change: float = 0.0
+    count: int = 0
+
+    def add(self, before: torch.Tensor, after: torch.Tensor, valid: torch.Tensor | None) -> None:
+        before, after = before.flatten(0, 1), after.flatten(0, 1)
+        if valid is not None:
+            before, after = before[valid], after[valid]
+        self.before += _squares(before)
+        self.after += _squares(after)
+        self.change += _squares(after.float() - before.float())
+        self.count += after.numel()
+
+    def report(self, layer: int, seconds: float) -> LayerReport:
+        change = (self.change / self.before) ** 0.5 if self.before else 0.0
+        return LayerReport(layer, round(seconds, 3), (self.after / self.count) ** 0.5, change)
+
+
+def _squares(values: torch.Tensor) -> float:
+    return float(torch.linalg.vector_norm(values, dtype=torch.float32).double() ** 2)
 
 
 @dataclass
@@ -215,13 +244,10 @@ class Walk:
         """Whether `_next` holds the outputs that go on."""
         for number, step in enumerate(self.steps):
             model, after = self._models[number], self._models[number + 1]
-            built = model.load_layer(layer, refs)
-            observer = step.observe(layer, built)
-            if observer is None:
-                model.free_layer(built)
-            else:
+            observer = step.observe(layer, has_experts=model.experts_of(layer) is not None)
+            if observer is not None:
                 keep = self.propagate == "changed" or not current
-                self._forward(model, built, refs, observer, keep=keep)
+                self._forward(model, model.load_layer(layer, refs), refs, observer, keep=keep)
                 current = True
 
             def replay(
@@ -239,7 +265,7 @@ class Walk:
             if self.propagate == "original":
                 refs = model.refs(layer)
             self._forward(model, model.load_layer(layer, refs), refs, None, keep=True)
-        self.report.append(self._measure(layer, begun))
+        self.report.append(self._sums.report(layer, time.monotonic() - begun))
         self._now, self._next = self._next, self._now
 
     def _forward(
@@ -254,6 +280,8 @@ class Walk:
     ) -> None:
         """All batches through a layer; frees it. Outputs go to `_next` under `keep`."""
         routed = self._experts(model, built, refs, observer, count_only)
+        if keep:
+            self._sums = PassageSums()
         with ExitStack() as stack:
             stack.callback(model.free_layer, built)
             stack.enter_context(torch.no_grad())
@@ -261,13 +289,16 @@ class Walk:
             for number, batch in enumerate(self.batches):
                 if observer:
                     observer.batch(batch)
+                valid = batch.valid(self.settings.device)
                 if routed:
-                    routed.valid = batch.valid(self.settings.device)
+                    routed.valid = valid
                 args, kwargs = model.call(built.index, batch.shape)
                 hidden = self._now.get(number, self.settings.device)
                 out = built.module(hidden, *args, **kwargs)
                 if keep:
-                    self._next.put(number, out[0] if isinstance(out, tuple) else out)
+                    after = out[0] if isinstance(out, tuple) else out
+                    self._next.put(number, after)
+                    self._sums.add(hidden, after, valid)
 
     def _experts(
         self,
@@ -294,39 +325,3 @@ class Walk:
         routed = RoutedExperts(bank, watching, settings.ranks, count_only=count_only)
         attach(built.experts, routed)
         return routed
-
-    def _measure(self, layer: int, begun: float) -> LayerReport:
-        square_in = square_out = square_change = 0.0
-        count = 0
-        for number, batch in enumerate(self.batches):
-            # Padding is told from tokens, so that a batch's layout does not show in the figures.
-            valid = batch.valid(torch.device("cpu"))
-            before, after = (
-                each.get(number, torch.device("cpu")).flatten(0, 1) for each in (self._now, self._next)
-            )
-            if valid is not None:
-                before, after = before[valid], after[valid]
-            square_in += _squares(before)
-            square_out += _squares(after)
-            square_change += _squares(after.float() - before.float())
-            count += after.numel()
-        return LayerReport(
-            layer,
-            round(time.monotonic() - begun, 3),
-            (square_out / count) ** 0.5,
-            (square_change / square_in) ** 0.5 if square_in else 0.0,
-        )
-
-
-def _squares(values: torch.Tensor) -> float:
-    return float(torch.linalg.vector_norm(values.float(), dtype=torch.float64) ** 2)
-
-
-def by_expert(refs: Sequence[TensorRef]) -> dict[int, dict[str, TensorRef]]:
-    """Routed experts' tensors by expert, then by the name behind the expert's index."""
-    found: dict[int, dict[str, TensorRef]] = {}
-    for ref in refs:
-        if ref.info.role == "routed_expert" and ref.info.expert is not None:
-            name = ref.name.partition(f".experts.{ref.info.expert}.")[2]
-            found.setdefault(ref.info.expert, {})[name] = ref
-    return found

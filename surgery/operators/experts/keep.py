@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from surgery.calibrate.lines import read_json_file
 from surgery.errors import CheckpointError, PlanError, UsageError
 from surgery.operators.experts.groups import Groups
 from surgery.stream.checkpoint import Checkpoint, TensorRef
@@ -69,13 +70,8 @@ class KeepList:
 
 def read_keep_list(path: Path) -> KeepList:
     """A keep-list from a JSON file; UsageError where it is none."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UsageError(f"cannot read {path}: {error.strerror}") from error
-    except ValueError as error:
-        raise UsageError(f"{path} is no valid JSON: {error}") from error
-    if not isinstance(found, dict) or found.get("kind") != KIND or found.get("schema") != SCHEMA:
+    found = read_json_file(path)
+    if found.get("kind") != KIND or found.get("schema") != SCHEMA:
         raise UsageError(
             f"{path} holds no keep-list", hint=f'it begins with {{"kind": "{KIND}", "schema": {SCHEMA}, …'
         )

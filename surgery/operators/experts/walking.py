@@ -11,7 +11,13 @@ import numpy as np
 import torch
 
 from surgery.calibrate.batches import Batch, make_batches
-from surgery.calibrate.budget import BATCH_TOKENS, estimate_walk, expert_share, host_share
+from surgery.calibrate.budget import (
+    BATCH_TOKENS,
+    estimate_walk,
+    expert_share,
+    host_share,
+    largest_experts,
+)
 from surgery.calibrate.data import CalibrationSet, read_calibration
 from surgery.calibrate.experts import Routing
 from surgery.calibrate.ranks import Ranks, joined_ranks
@@ -85,10 +91,10 @@ class PruneStep:
     def outline(self, checkpoint: Checkpoint) -> Checkpoint:
         return self.criterion.outline({"input": checkpoint})
 
-    def observe(self, layer: int, built: BuiltLayer) -> LayerObserver | None:
+    def observe(self, layer: int, *, has_experts: bool) -> LayerObserver | None:
         if layer not in self.shape.layers:
             return None
-        if built.experts is None:
+        if not has_experts:
             raise TypeError(f"the experts of layer {layer} do not run one by one")
         self._taking = LayerStatistics(
             layer, self.shape.count, len(self.domains), self.shape.rules.norm, self.ranks
@@ -135,9 +141,9 @@ def collect(
             "dtype": str(dtype).removeprefix("torch."), "batch_tokens": BATCH_TOKENS[device.type],
             "torch": str(torch.__version__),
         }  # fmt: skip
+        keep, room = room_for(checkpoint, device, context.memory_bytes)
         settings = WalkSettings(
-            device, dtype,
-            room_bytes=room_bytes(device, context.memory_bytes),
+            device, dtype, room_bytes=room, keep=keep,
             host_bytes=host_share(context.memory_bytes),
             folder=context.folder, snapshot_seconds=context.snapshot_seconds, ranks=ranks,
             trust_remote_code=context.trust_remote_code, progress=context.progress,
@@ -151,7 +157,10 @@ def collect(
         ExpertStatistics(data.domains, layers, provenance),
         dict(sorted(step.kept.items())),
         step.load_after,
-        {"calibration": data.describe(), "layers": [each.as_dict() for each in walk.report]},
+        {
+            "calibration": data.describe(),
+            "layers": [{"layer": each.layer, "rms": each.rms, "change": each.change} for each in walk.report],
+        },
         data_events(data),
     )
 
@@ -173,12 +182,15 @@ def check_walkable(checkpoint: Checkpoint, shape: ExpertShape) -> None:
             )
 
 
-def room_bytes(device: torch.device, memory_bytes: int) -> int:
-    """Room for the experts of a layer: a share of the budget on a CPU, of what is free on a GPU."""
+def room_for(checkpoint: Checkpoint, device: torch.device, memory_bytes: int) -> tuple[str, int]:
+    """Where a layer's experts are kept between batches, and in how many bytes: a share of the budget on a
+    CPU; on a GPU three fifths of what is free, or page-locked host memory where they do not fit."""
     if device.type == "cpu":
-        return expert_share(memory_bytes)
+        return "device", expert_share(memory_bytes)
     free, _ = torch.cuda.mem_get_info(device)
-    return int(free * 0.6)
+    room = int(free * 0.6)
+    fits = largest_experts(checkpoint) <= room
+    return ("device", room) if fits else ("host", memory_bytes)
 
 
 def calibration_set(
