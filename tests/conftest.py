@@ -9,6 +9,7 @@ import factories
 import pytest
 import torch
 from tiny_models import Build, build_model
+from walk_models import Families
 
 # The tensors are small: a second thread costs more than it brings, ten times as much on a busy machine.
 torch.set_num_threads(1)
@@ -33,3 +34,14 @@ def build(tmp_path: Path) -> Build:
         return build_model(tmp_path / f"{family}-{seed}", family, seed, **config)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Families:
+    """tiny(family): the folder of a tiny model that many tests read and none may write."""
+    root = tmp_path_factory.mktemp("tiny")
+
+    def find(family: str) -> Path:
+        return root / family if (root / family).is_dir() else build_model(root / family, family)
+
+    return find

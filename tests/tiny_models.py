@@ -162,6 +162,8 @@ def build_model(folder: Path, family: str, seed: int = 0, **config: Any) -> Path
                 parameter.normal_(std=0.15)
             elif "norm" in name:
                 parameter.uniform_(0.5, 1.5)
+            elif name.endswith((".bias", ".sinks")):
+                parameter.normal_(std=0.1)
         for name, buffer in model.named_buffers():
             if name.endswith("e_score_correction_bias"):
                 buffer.normal_(std=0.1)
