@@ -81,12 +81,21 @@ def read_statistics(path: Path) -> ExpertStatistics:
         )
     if found.get("schema") != SCHEMA or tuple(found.get("fields", ())) != FIELDS:
         raise UsageError(f"{path} has schema {found.get('schema')}, this version reads {SCHEMA}")
-    domains = tuple(found["domains"])
-    layers = {int(layer): np.array(sums, np.float64) for layer, sums in found["layers"].items()}
+    try:
+        domains = tuple(map(str, found["domains"]))
+        layers = {int(layer): np.array(sums, np.float64) for layer, sums in found["layers"].items()}
+        provenance = dict(found["provenance"])
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UsageError(
+            f"{path} is no whole file of statistics: {type(error).__name__}: {error}",
+            hint="take them again, or give `calibration`",
+        ) from error
     for layer, sums in layers.items():
-        if sums.ndim != 3 or sums.shape[:2] != (len(domains), len(FIELDS)):
-            raise UsageError(f"{path}: the sums of layer {layer} have shape {list(sums.shape)}")
-    return ExpertStatistics(domains, layers, found["provenance"])
+        if sums.ndim != 3 or sums.shape[:2] != (len(domains), len(FIELDS)) or not np.isfinite(sums).all():
+            raise UsageError(f"{path}: the sums of layer {layer} are no table of numbers for each expert")
+    if not layers or not domains:
+        raise UsageError(f"{path} has no layers, or no domains: it is no whole file of statistics")
+    return ExpertStatistics(domains, layers, provenance)
 
 
 class LayerStatistics:
