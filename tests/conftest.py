@@ -38,10 +38,14 @@ def build(tmp_path: Path) -> Build:
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Families:
-    """tiny(family): the folder of a tiny model that many tests read and none may write."""
+    """tiny(family, **config): the folder of a tiny model that many tests read and none may write."""
     root = tmp_path_factory.mktemp("tiny")
+    built: dict[str, Path] = {}
 
-    def find(family: str) -> Path:
-        return root / family if (root / family).is_dir() else build_model(root / family, family)
+    def find(family: str, **config: Any) -> Path:
+        key = f"{family} {sorted(config.items())}"
+        if key not in built:
+            built[key] = build_model(root / str(len(built)), family, **config)
+        return built[key]
 
     return find

@@ -16,6 +16,11 @@ from surgery.stream.save import SaveResult
 
 INDEX = "model.safetensors.index.json"
 MANIFEST = "surgery_manifest.json"
+TEXTS = {
+    "SHA256SUMS", "README.md", "surgery_recipe.yaml", "surgery_report.html", "surgery_experts.json",
+    "surgery_keep.json",
+}  # fmt: skip
+"""Files of an output that the manifest does not list: they are made from it."""
 ALIGNMENT = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "BF16": 2, "F16": 2}
 
 Tensors = dict[str, torch.Tensor]
@@ -106,7 +111,7 @@ def check_written(folder: Path, logical: Mapping[str, Any]) -> dict[str, Any]:
     for name, entry in manifest["output"]["files"].items():
         data = (folder / name).read_bytes()
         assert (entry["bytes"], entry["sha256"]) == (len(data), hashlib.sha256(data).hexdigest())
-    assert set(manifest["output"]["files"]) == present - {"SHA256SUMS", "README.md"}
+    assert set(manifest["output"]["files"]) == present - TEXTS
     assert set(manifest["tensors"]) == set(logical)
     assert all(0 <= number < len(manifest["lineage"]) for number in manifest["tensors"].values())
     assert sum(row["tensors"] for row in manifest["coverage"]) == len(manifest["tensors"])

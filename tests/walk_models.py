@@ -18,9 +18,8 @@ from surgery.evaluate.load import load_model
 from surgery.stream.checkpoint import Checkpoint
 
 CPU = torch.device("cpu")
-Families = Callable[[str], Path]
-"""The fixture `tiny`: the folder of a tiny model of a family."""
-EXPERT_KEYS = ("n_routed_experts", "num_local_experts", "num_experts")
+Families = Callable[..., Path]
+"""The fixture `tiny`: the folder of a tiny model of a family, with changes of its config."""
 DEMOS = ("The quick brown fox jumps over the lazy dog.", "0123456789 + 1 = ?", "if x: return y", "ÄÖÜ ß 東京")
 Sequences = list[tuple[int, list[int]]]
 
@@ -101,18 +100,15 @@ def masked_routers(
     `layers` are the kept experts by layer in their new order; `groups` is how many groups they make, in that
     order, and among how many a token chooses.
     """
+
+    def masking(kept: tuple[int, ...]) -> Callable[..., tuple[torch.Tensor, ...]]:
+        return lambda router, args, out: _masked(model.config, router, args[0], kept, groups)
+
     handles = []
     for number, kept in layers.items():
-        block = next(
-            module for _, module in model.model.layers[number].named_modules()
-            if hasattr(module, "experts") and (hasattr(module, "gate") or hasattr(module, "router"))
-        )  # fmt: skip
+        block = next(module for module in model.model.layers[number].modules() if hasattr(module, "experts"))
         router = block.gate if hasattr(block, "gate") else block.router
-        handles.append(
-            router.register_forward_hook(
-                lambda module, args, out, kept=tuple(kept): _masked(model.config, module, args[0], kept, groups)
-            )
-        )
+        handles.append(router.register_forward_hook(masking(tuple(kept))))
     try:
         yield
     finally:
@@ -123,22 +119,20 @@ def masked_routers(
 def _masked(
     config: Any, router: Any, hidden: torch.Tensor, kept: tuple[int, ...], groups: tuple[int, int]
 ) -> tuple[torch.Tensor, ...]:
-    family = config.model_type
-    flat = hidden.reshape(-1, hidden.shape[-1])
-    weight, bias = router.weight, getattr(router, "bias", None)
-    if family in ("deepseek_v2", "deepseek_v3", "glm4_moe"):
+    family, flat, weight = config.model_type, hidden.reshape(-1, hidden.shape[-1]), router.weight
+    wide = family in ("deepseek_v2", "deepseek_v3", "glm4_moe")
+    if wide:
         flat, weight = flat.float(), weight.float()
-    logits = torch.nn.functional.linear(flat, weight, bias)
-    dropped = [expert for expert in range(logits.shape[1]) if expert not in kept]
+    logits = torch.nn.functional.linear(flat, weight, getattr(router, "bias", None))
+    gone = torch.tensor([expert for expert in range(logits.shape[1]) if expert not in kept])
     if family in ("deepseek_v3", "glm4_moe"):
         scores = logits.sigmoid()
         choice = scores + router.e_score_correction_bias
     elif family in ("gpt_oss", "llama4_text"):
         scores = choice = logits
     else:
-        logits = logits.index_fill(1, torch.tensor(dropped), float("-inf"))
-        scores = choice = logits.float().softmax(dim=-1)
-    choice = choice.index_fill(1, torch.tensor(dropped), float("-inf"))
+        scores = choice = logits.index_fill(1, gone, float("-inf")).float().softmax(dim=-1)
+    choice = choice.index_fill(1, gone, float("-inf"))
     if groups[0] > 1:
         size = len(kept) // groups[0]
         members = [list(kept[start : start + size]) for start in range(0, len(kept), size)]
@@ -151,13 +145,11 @@ def _masked(
     index = choice.topk(config.num_experts_per_tok).indices
     gates = scores.gather(1, index)
     if family == "llama4_text":
-        spread = torch.zeros_like(logits).scatter_(1, index, gates.sigmoid())
-        return spread, logits
+        return torch.zeros_like(logits).scatter_(1, index, gates.sigmoid()), logits
     if family == "gpt_oss":
         gates = gates.softmax(dim=-1)
-    elif family in ("mixtral", "deepseek_v3", "glm4_moe") or getattr(config, "norm_topk_prob", False):
-        if family != "deepseek_v2":
-            gates = gates / gates.sum(1, keepdim=True)
-    if family in ("deepseek_v2", "deepseek_v3", "glm4_moe"):
-        gates = gates * config.routed_scaling_factor
-    return logits, gates.to(hidden.dtype if family not in ("deepseek_v2", "deepseek_v3", "glm4_moe") else gates.dtype), index
+    elif family == "mixtral" or (config.norm_topk_prob and family != "deepseek_v2"):
+        gates = gates / gates.sum(1, keepdim=True)
+    if wide:
+        return logits, gates * config.routed_scaling_factor, index
+    return logits, gates.to(hidden.dtype), index

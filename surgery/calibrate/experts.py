@@ -286,7 +286,7 @@ class RoutedExperts:
     def _alone(self, hidden: torch.Tensor, routing: Routing) -> torch.Tensor:
         out = torch.zeros_like(hidden)
         for token, _, weighted in self._outputs(hidden, routing):
-            out.index_add_(0, token, weighted)
+            _add_rows(out, token, weighted)
         return out
 
     def _exchanged(self, hidden: torch.Tensor, routing: Routing) -> torch.Tensor:
@@ -297,7 +297,7 @@ class RoutedExperts:
         self.ranks.add_up(gathered)
         out = torch.zeros_like(hidden)
         for _, entries in routing.entries():
-            out.index_add_(0, entries % routing.num_tokens, gathered[entries])
+            _add_rows(out, entries % routing.num_tokens, gathered[entries])
         return out
 
     def _outputs(
@@ -322,6 +322,15 @@ class RoutedExperts:
             for observer in self.observers:
                 observer.expert(expert, entries, inputs, inner, out)
             yield token, entries, (out * gates[entries, None]).to(hidden.dtype)
+
+
+def _add_rows(out: torch.Tensor, rows: torch.Tensor, values: torch.Tensor) -> None:
+    """out[rows] += values, each row at most once."""
+    if out.device.type == "cpu":
+        out.index_add_(0, rows, values)
+    else:
+        # index_add_ must expect rows that come twice, and takes twice as long for it.
+        out.index_copy_(0, rows, out[rows] + values)
 
 
 def _project(

@@ -134,7 +134,7 @@ def test_nan_is_told_with_its_layer(tiny: Families, tmp_path: Path) -> None:
             tensors[f"model.layers.1.block_sparse_moe.experts.{expert}.w2.weight"][0, 0] = float("nan")
 
     edit_tensors(folder, spoil)
-    with pytest.raises(CheckpointError, match="layer 1.*NaN"):
+    with pytest.raises(CheckpointError, match=r"layer 1.*NaN"):
         taken(folder, make_batches(sequences((9,)), 64), 1)
 
 

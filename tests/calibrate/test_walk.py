@@ -93,7 +93,7 @@ def test_until_stops_in_front_of_a_layer(tiny: Families) -> None:
     walk.run(until=2)
     model = whole(checkpoint)
     seen: list[torch.Tensor] = []
-    model.model.layers[2].register_forward_pre_hook(lambda _, args, kwargs: seen.append(args[0]), with_kwargs=True)
+    model.model.layers[2].register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     run(model, batch.ids)
     assert torch.equal(walk._now.get(0, CPU), seen[0])
     assert [row.layer for row in walk.report] == [0, 1]
