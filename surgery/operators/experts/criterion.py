@@ -24,6 +24,7 @@ from surgery.operators.experts.keep import ExpertShape, KeepList, expert_shape
 from surgery.operators.experts.pruning import RankedExperts, overlap
 from surgery.operators.protocol import Decision, RunContext
 from surgery.stream.checkpoint import Checkpoint, Event
+from surgery.stream.files import DataFile
 
 if TYPE_CHECKING:
     import numpy as np
@@ -32,6 +33,9 @@ if TYPE_CHECKING:
 
 STATISTICS = "surgery_experts.json"
 KEEP_LIST = "surgery_keep.json"
+
+SAMPLE = 4096
+"""Bytes that are looked at in each place of a file to tell models apart."""
 
 Fields = Mapping[str, "np.ndarray[Any, np.dtype[np.float64]]"]
 """[experts] by the name of the sum, for one layer and one domain."""
@@ -143,12 +147,28 @@ class Criterion(RankedExperts):
 
 
 def model_fingerprint(checkpoint: Checkpoint) -> str:
-    """The same for the same tensors in the same files made by the same steps, wherever they lie."""
-    pieces = [
-        f"{file.name}:{file.size}:{file.header_hash}" for source in checkpoint.inputs for file in source.files
-    ]
-    steps = [str(dict(step)) for step in checkpoint.history]
-    return sha256("\n".join([*pieces, *steps]).encode()).hexdigest()
+    """The same for the same weights in the same files made by the same steps, wherever they lie.
+
+    Of every file its size, its header and a few kilobytes at the beginning, the middle and the end of its
+    body: models of one shape differ there.
+    """
+    digest = sha256()
+    for source in checkpoint.inputs:
+        for file in source.files:
+            digest.update(f"{file.name}:{file.size}:{file.header_hash}\n".encode())
+            for offset in (0, file.size // 2, file.size - SAMPLE):
+                digest.update(_bytes_at(file, max(0, offset)))
+    for step in checkpoint.history:
+        digest.update(str({key: value for key, value in step.items() if key != "parents"}).encode())
+    return digest.hexdigest()
+
+
+def _bytes_at(file: DataFile, offset: int) -> bytes:
+    import numpy as np
+
+    buffer = np.empty(min(SAMPLE, file.size - offset), np.uint8)
+    file.read_into(buffer, offset)
+    return buffer.tobytes()
 
 
 def _never_chosen(statistics: ExpertStatistics) -> tuple[Event, ...]:
