@@ -116,7 +116,7 @@ class LayerOperator(Operator):
     def apply(self, inputs: Mapping[str, Checkpoint]) -> Checkpoint:
         raise UsageError(f"{self.op} needs a run: it decides by what the model does")
 
-    def outline(self, inputs: Mapping[str, Checkpoint]) -> Checkpoint:
+    def outline(self, inputs: Mapping[str, Checkpoint], context: RunContext) -> Checkpoint:
         """The result as far as headers tell: its names, shapes, forms and config. Raises what `apply` of a
         weight operator does."""
         raise TypeError(f"{type(self).__name__} has no outline")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from surgery.errors import RecipeError
-from surgery.operators.protocol import PREVIOUS, LayerOperator, Operator
+from surgery.operators.protocol import PREVIOUS, LayerOperator, Operator, RunContext
 from surgery.recipe.schema import Recipe
 from surgery.stream.checkpoint import Checkpoint, Event
 from surgery.stream.source import open_checkpoint
@@ -29,7 +29,11 @@ Apply = Callable[[int, Operator, Mapping[str, Checkpoint]], Checkpoint]
 
 def outline(index: int, operator: Operator, inputs: Mapping[str, Checkpoint]) -> Checkpoint:
     """A step's result as far as headers tell."""
-    return operator.outline(inputs) if isinstance(operator, LayerOperator) else operator.apply(inputs)
+    return (
+        operator.outline(inputs, RunContext())
+        if isinstance(operator, LayerOperator)
+        else operator.apply(inputs)
+    )
 
 
 def build(recipe: Recipe, folder: Path | None = None, apply: Apply = outline) -> Checkpoint:

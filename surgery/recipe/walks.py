@@ -18,7 +18,6 @@ from typing import Any
 
 from surgery.errors import PlanError
 from surgery.operators.protocol import Decision, LayerOperator, Operator, RunContext
-from surgery.recipe.build import outline
 from surgery.stream.checkpoint import Checkpoint, Event
 from surgery.stream.journal import first_difference, lock
 from surgery.stream.writer import disk_error
@@ -40,7 +39,8 @@ class Planner:
             needs = operator.estimate(inputs, self.context)
             if needs:
                 self.walks.append({"step": index, "op": operator.op, **needs})
-        return outline(index, operator, inputs)
+            return operator.outline(inputs, self.context)
+        return operator.apply(inputs)
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from math import sqrt
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from surgery.errors import CheckpointError
 from surgery.operators.experts.keep import ExpertShape, KeepList, expert_shape
 from surgery.operators.experts.pruning import RankedExperts
 from surgery.operators.protocol import Decision, RunContext
@@ -46,9 +47,14 @@ class Aimer(RankedExperts):
 
     def estimate(self, inputs: Mapping[str, Checkpoint], context: RunContext) -> Mapping[str, Any]:
         (checkpoint,) = inputs.values()
-        refs = [
-            ref for experts in _by_layer(checkpoint).values() for each in experts.values() for ref in each
-        ]
+        layers = _by_layer(checkpoint).values()
+        refs = [ref for experts in layers for each in experts.values() for ref in each]
+        stuck = next((ref for ref in refs if not ref.codec.decodable), None)
+        if stuck is not None:
+            raise CheckpointError(
+                f"{stuck.name} is stored as {stuck.codec.name}, which can be copied but not computed with",
+                hint="drop experts by list (experts.drop) or at random (experts.random)",
+            )
         return {"device": "cpu", "bytes_read": sum(source.nbytes for ref in refs for source in ref.sources())}
 
     def decide(self, inputs: Mapping[str, Checkpoint], context: RunContext) -> Decision:

@@ -27,8 +27,8 @@ class DropByList(DropExperts):
     keep_list: str
     """The file with the keep-list."""
 
-    def outline(self, inputs: Mapping[str, Checkpoint]) -> Checkpoint:
-        return self.finish(inputs, self.decide(inputs, RunContext()))
+    def outline(self, inputs: Mapping[str, Checkpoint], context: RunContext) -> Checkpoint:
+        return self.finish(inputs, self.decide(inputs, context))
 
     def estimate(self, inputs: Mapping[str, Checkpoint], context: RunContext) -> Mapping[str, Any]:
         return {}

@@ -82,6 +82,9 @@ def read_keep_list(path: Path) -> KeepList:
         raise UsageError(f"{path} is no whole keep-list: {type(error).__name__}: {error}") from error
     if not keep.layers or not all(type(number) is int for number in numbers):
         raise UsageError(f"{path} must list experts by number for each layer")
+    sizes = (keep.groups.count, keep.groups.chosen)
+    if not all(type(size) is int and size >= 1 for size in sizes):
+        raise UsageError(f"{path}: n_group and topk_group must be whole numbers from 1 on, not {sizes}")
     return keep
 
 

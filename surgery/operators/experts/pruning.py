@@ -17,7 +17,7 @@ from surgery.operators.experts.keep import (
     apply_keep,
     expert_shape,
 )
-from surgery.operators.protocol import Decision, LayerOperator, record_step
+from surgery.operators.protocol import Decision, LayerOperator, RunContext, record_step
 from surgery.stream.checkpoint import Checkpoint
 
 Keep = Annotated[float, Field(gt=0)]
@@ -43,7 +43,7 @@ class DropExperts(LayerOperator):
         """A list of the right size, to plan with."""
         raise TypeError(f"{type(self).__name__} has no placeholder")
 
-    def outline(self, inputs: Mapping[str, Checkpoint]) -> Checkpoint:
+    def outline(self, inputs: Mapping[str, Checkpoint], context: RunContext) -> Checkpoint:
         (checkpoint,) = inputs.values()
         return self._pruned(checkpoint, Decision(self.placeholder(expert_shape(checkpoint)).as_dict()))
 

@@ -89,7 +89,7 @@ class PruneStep:
     _taking: LayerStatistics | None = None
 
     def outline(self, checkpoint: Checkpoint) -> Checkpoint:
-        return self.criterion.outline({"input": checkpoint})
+        return self.criterion.outline({"input": checkpoint}, RunContext())
 
     def observe(self, layer: int, *, has_experts: bool) -> LayerObserver | None:
         if layer not in self.shape.layers:
