@@ -4,7 +4,7 @@
 
 1 where all weights have one magnitude, 0.80 for Gaussian ones, lower the heavier the tails. The method is
 known here by its abstract; which end of the scale marks the important experts is not confirmed, so
-`important` decides, and docs/experts.md has what either gave on small models.
+`important` decides. The default did better on two small models (benchmarks/README.md).
 
 Sums are float64 per tile, added in tile order.
 """
