@@ -1,0 +1,75 @@
+"""Two processes at one walk: the same bits as one, and only the first one writes."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import factories
+import pytest
+from folders import MANIFEST, file_hashes
+from walk_models import demos
+
+from surgery.calibrate.ranks import ONE_RANK, Ranks, started_ranks
+
+
+def test_who_this_process_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert started_ranks() == ONE_RANK and ONE_RANK.leads
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert started_ranks() == Ranks(1, 4) and not started_ranks().leads
+
+
+def command(model: Path, data: Path, out: Path, *more: str) -> list[str]:
+    return [
+        sys.executable, "-m", "surgery", "prune", str(model), "-o", str(out), "--calibration", str(data),
+        "--set", "keep=0.5", "--threads", "1", "--quiet", *more,
+    ]  # fmt: skip
+
+
+def start(arguments: list[str], **env: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        arguments, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, **env}
+    )
+
+
+def free_port() -> str:
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        return str(listening.getsockname()[1])
+
+
+def run_together(model: Path, data: Path, out: Path, *more: str) -> list[tuple[int, str, str]]:
+    env = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    processes = [start(command(model, data, out, *more), RANK=str(rank), **env) for rank in range(2)]
+    try:
+        said = [process.communicate(timeout=120) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [(process.returncode, *each) for process, each in zip(processes, said, strict=True)]
+
+
+def test_two_processes_give_the_bytes_of_one(tmp_path: Path) -> None:
+    model = factories.deepseek_v3(tmp_path / "m", 2)
+    data = demos(tmp_path / "d.jsonl")
+    single = start(command(model, data, tmp_path / "one"))
+    assert single.wait(120) == 0, single.communicate()
+    single.communicate()
+    said = run_together(model, data, tmp_path / "two")
+    assert [code for code, *_ in said] == [0, 0], said
+    assert said[1][1] == said[1][2] == ""
+    one, two = (file_hashes(tmp_path / name) for name in ("one", "two"))
+    differing = {name for name in one.keys() | two.keys() if one.get(name) != two.get(name)}
+    assert differing <= {"surgery_report.html", "SHA256SUMS", "README.md"}
+    assert one["surgery_experts.json"] == two["surgery_experts.json"]
+    manifests = [json.loads((tmp_path / name / MANIFEST).read_text()) for name in ("one", "two")]
+    assert manifests[0]["steps"][-1]["decision"] == manifests[1]["steps"][-1]["decision"]
+    left = {path.name for path in tmp_path.iterdir()} - {"m"}
+    assert left == {"one", "two", "d.jsonl"}
