@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from walk_models import Families
 
 import surgery
+from surgery.errors import CheckpointError
 from surgery.operators.experts.aimer import aimer, sums
 
 
@@ -88,3 +89,12 @@ def test_threads_do_not_change_scores(tiny: Families, tmp_path: Path) -> None:
         surgery.run(recipe, tmp_path / str(threads), threads=threads)
         found.append(strict_manifest(tmp_path / str(threads))["measurements"][-1])
     assert found[0] == found[1]
+
+
+def test_mxfp4_is_refused_in_words(tmp_path: Path) -> None:
+    folder = factories.gpt_oss_mxfp4(tmp_path / "model", 2)
+    recipe = {"parents": {"m": str(folder)}, "steps": [{"op": "experts.aimer", "keep": 2}]}
+    for action in (surgery.plan, lambda each: surgery.run(each, tmp_path / "out")):
+        with pytest.raises(CheckpointError, match="MXFP4"):
+            action(recipe)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]

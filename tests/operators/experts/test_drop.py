@@ -21,6 +21,20 @@ def recipe(folder: Path, keep_list: str) -> dict[str, object]:
     return {"parents": {"m": str(folder)}, "steps": [{"op": "experts.drop", "keep_list": keep_list}]}
 
 
+def test_a_list_beside_the_recipe(tiny: Families, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Planned and run from another folder, with a file name that is relative to the recipe."""
+    (tmp_path / "lists").mkdir()
+    (tmp_path / "lists" / "k.json").write_text(json.dumps(DOCUMENT))
+    text = f"parents: {{m: {tiny('qwen3_moe')}}}\nsteps:\n  - op: experts.drop\n    keep_list: lists/k.json\n"
+    (tmp_path / "r.yaml").write_text(text)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    plan = surgery.plan(tmp_path / "r.yaml")
+    assert plan.checkpoint.config["num_experts"] == 3 and plan.walks == ()
+    result = surgery.run(tmp_path / "r.yaml", tmp_path / "out")
+    assert surgery.open(result.folder).config["num_experts"] == 3
+
+
 @pytest.mark.parametrize("how", ["missing", "uneven", "duplicate", "layers", "many", "words"])
 def test_refused_before_anything_is_written(tiny: Families, tmp_path: Path, how: str) -> None:
     layers: dict[str, object] = {

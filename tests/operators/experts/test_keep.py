@@ -46,6 +46,11 @@ def test_a_list_reads_back(tmp_path: Path) -> None:
         {"layers": {"1": ["0", "1"]}},
         {"layers": {"1": [0.0, 1.0]}},
         {"layers": {"1": [True, False]}},
+        {"n_group": None},
+        {"n_group": "one"},
+        {"n_group": 0},
+        {"topk_group": -1},
+        {"n_group": 1.0},
     ],
 )
 def test_what_is_no_list_is_refused(tmp_path: Path, change: dict[str, Any]) -> None:
