@@ -87,20 +87,25 @@ def write_snapshot(folder: Path, layer: int, hidden: Activations, state: Mapping
         old.with_suffix(".bin").unlink(missing_ok=True)
 
 
-def read_snapshot(folder: Path, hidden: Activations) -> dict[str, Any] | None:
-    """Fill `hidden` from the newest whole snapshot and return its state; None where there is none."""
+def read_states(folder: Path) -> list[dict[str, Any]]:
+    """The states of all whole snapshots, the newest first."""
+    states = []
     for path in reversed(_snapshots(folder)):
-        data = path.with_suffix(".bin")
         try:
-            state: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            states.append(json.loads(path.read_text(encoding="utf-8")))
         except ValueError:
             continue
-        if data.is_file() and data.stat().st_size == state.get("bytes") == hidden.nbytes:
-            raw = hidden.flat.view(torch.uint8).numpy()
-            with open(data, "rb") as file:
-                file.readinto(raw.data)
-            return state
-    return None
+    return states
+
+
+def fill_from(folder: Path, state: Mapping[str, Any], hidden: Activations) -> bool:
+    """Put the hidden states of a snapshot into `hidden`; False where its file is not whole."""
+    data = folder / f"snapshot-{state['layer']:05d}.bin"
+    if not (data.is_file() and data.stat().st_size == state["bytes"] == hidden.nbytes):
+        return False
+    with open(data, "rb") as file:
+        file.readinto(hidden.flat.view(torch.uint8).numpy().data)
+    return True
 
 
 def _snapshots(folder: Path) -> list[Path]:

@@ -122,7 +122,7 @@ def read_calibration(
     sequences: list[tuple[int, tuple[int, ...]]] = []
     cut = left_over = 0
     for number, (domain, files) in enumerate(spec.files.items()):
-        documents = (ids for name in files for ids in _documents(_find(name, folders), tokenizer))
+        documents = (ids for name in files for ids in _documents(find_file(name, folders), tokenizer))
         if spec.packed:
             found, rest = _packed(documents, length, spec.num_samples)
             left_over += rest
@@ -221,7 +221,8 @@ def _checked(messages: Any, where: str) -> list[dict[str, str]]:
     return [{"role": each["role"], "content": each["content"]} for each in messages]
 
 
-def _find(name: str, folders: Sequence[Path]) -> Path:
+def find_file(name: str, folders: Sequence[Path]) -> Path:
+    """A data file by its path (in the current folder, else in one of `folders`), or from the hub."""
     if name.startswith(HUB):
         return _fetch(name)
     path = Path(name).expanduser()
@@ -229,8 +230,9 @@ def _find(name: str, folders: Sequence[Path]) -> Path:
         if (folder / path).is_file():
             return folder / path
     raise UsageError(
-        f"there is no calibration file {name}",
-        hint="give a .jsonl or text file, or hf://datasets/OWNER/NAME/FILE",
+        f"there is no file {name}",
+        hint="a relative path is looked up here, then beside the recipe; hub files are "
+        "hf://datasets/OWNER/NAME/FILE",
     )
 
 

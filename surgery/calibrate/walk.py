@@ -26,7 +26,7 @@ from typing import Any, Literal, Protocol
 
 import torch
 
-from surgery.calibrate.activations import Activations, read_snapshot, write_snapshot
+from surgery.calibrate.activations import Activations, fill_from, read_states, write_snapshot
 from surgery.calibrate.batches import Batch
 from surgery.calibrate.experts import ExpertBank, ExpertObserver, RoutedExperts, attach
 from surgery.calibrate.layers import BuiltLayer, LayeredModel
@@ -217,21 +217,21 @@ class Walk:
                 self._now.put(number, embedder.embed(batch.ids))
 
     def _resume(self) -> int:
-        if self.settings.folder is None:
-            return 0
-        state = read_snapshot(self.settings.folder, self._now)
-        if state is None:
-            return 0
-        difference = first_difference(state["fingerprint"], json.loads(json.dumps(self.fingerprint)))
-        if difference:
-            raise PlanError(
-                f"{self.settings.folder} holds an unfinished walk of something else: {difference}",
-                hint="use another output folder, or restart with --fresh",
-            )
-        for step, saved in zip(self.steps, state["steps"], strict=True):
-            step.restore(saved)
-        self.report[:] = [LayerReport(**each) for each in state["report"]]
-        return int(state["layer"])
+        """The layer to go on with, from the newest snapshot that is whole. PlanError for another walk's."""
+        folder = self.settings.folder
+        for state in read_states(folder) if folder is not None else ():
+            difference = first_difference(state["fingerprint"], json.loads(json.dumps(self.fingerprint)))
+            if difference:
+                raise PlanError(
+                    f"{folder} holds an unfinished walk of something else: {difference}",
+                    hint="use another output folder, or restart with --fresh",
+                )
+            if folder is not None and fill_from(folder, state, self._now):
+                for step, saved in zip(self.steps, state["steps"], strict=True):
+                    step.restore(saved)
+                self.report[:] = [LayerReport(**each) for each in state["report"]]
+                return int(state["layer"])
+        return 0
 
     def _tell(self, layer: int, layers: int) -> None:
         if self.settings.progress:

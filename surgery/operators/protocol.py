@@ -121,6 +121,10 @@ class LayerOperator(Operator):
         weight operator does."""
         raise TypeError(f"{type(self).__name__} has no outline")
 
+    def data_hashes(self, context: RunContext) -> Mapping[str, str]:
+        """SHA-256 of the files that it reads beside checkpoints, by what the params call them."""
+        return {}
+
     def estimate(self, inputs: Mapping[str, Checkpoint], context: RunContext) -> Mapping[str, Any]:
         """What the walk reads and needs: for plans. Raises what can be known of the data."""
         raise TypeError(f"{type(self).__name__} has no estimate")

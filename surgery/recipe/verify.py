@@ -11,7 +11,6 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,7 +22,7 @@ from surgery.operators.protocol import Decision, LayerOperator
 from surgery.recipe.table import operator_class
 from surgery.report.inspect import ragged_fp8
 from surgery.stream.checkpoint import Checkpoint, ComputedRef, ReadContext, StoredRef, TensorRef
-from surgery.stream.files import natural_key
+from surgery.stream.files import file_hash, natural_key
 from surgery.stream.formats import apply_format
 from surgery.stream.jobs import same_bytes
 from surgery.stream.manifest import read_manifest
@@ -31,7 +30,6 @@ from surgery.stream.source import open_checkpoint
 
 State = Literal["passed", "failed", "skipped", "noted"]
 Progress = Callable[[str, int, int], None]
-READ = 8 << 20
 STEP_KEYS = ("op", "parents", "result", "decision")
 """What a step of a manifest holds beside its params."""
 
@@ -117,14 +115,6 @@ def check_files(folder: Path, manifest: Mapping[str, Any], threads: int, tell: P
             if digest != hashed[name]:
                 bad.append(f"{name} has SHA-256 {digest[:12]}…, {hashed[name][:12]}… expected")
     yield _verdict("hashes", bad, f"{len(present)} files have their SHA-256")
-
-
-def file_hash(path: Path) -> str:
-    digest = sha256()
-    with open(path, "rb") as file:
-        while data := file.read(READ):
-            digest.update(data)
-    return digest.hexdigest()
 
 
 def check_tensors(checkpoint: Checkpoint, manifest: Mapping[str, Any]) -> Check:

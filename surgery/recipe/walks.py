@@ -74,7 +74,7 @@ class Walker:
         context = self.context
         return {
             "op": operator.op, "params": operator.summary(), "device": context.device,
-            "dtype": context.dtype, "threads": context.threads,
+            "dtype": context.dtype, "threads": context.threads, "data": operator.data_hashes(context),
             "inputs": {
                 name: {
                     "steps": list(checkpoint.history),

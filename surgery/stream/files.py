@@ -17,12 +17,23 @@ if TYPE_CHECKING:
     import numpy as np
 
 
+HASHED = 8 << 20
+"""Bytes hashed at a time."""
 _DIGITS = re.compile(r"(\d+)")
 
 
 def natural_key(name: str) -> list[str | int]:
     """Sort key that puts layer 2 before layer 10."""
     return [int(piece) if i % 2 else piece for i, piece in enumerate(_DIGITS.split(name))]
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file."""
+    digest = sha256()
+    with open(path, "rb") as file:
+        while data := file.read(HASHED):
+            digest.update(data)
+    return digest.hexdigest()
 
 
 class DataFile:

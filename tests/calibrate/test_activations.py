@@ -4,15 +4,27 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from surgery.calibrate.activations import GENERATIONS, Activations, read_snapshot, write_snapshot
+from surgery.calibrate.activations import (
+    GENERATIONS,
+    Activations,
+    fill_from,
+    read_states,
+    write_snapshot,
+)
 from surgery.errors import SurgeryError
 
 SHAPES = [(2, 5), (1, 3), (3, 1)]
 CPU = torch.device("cpu")
+
+
+def read_snapshot(folder: Path, hidden: Activations) -> dict[str, Any] | None:
+    """The newest snapshot whose hidden states are whole, put into `hidden`."""
+    return next((state for state in read_states(folder) if fill_from(folder, state, hidden)), None)
 
 
 def make(file: Path | None = None, dtype: torch.dtype = torch.bfloat16) -> Activations:

@@ -12,19 +12,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from hashlib import sha256
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import model_validator
 
-from surgery.calibrate.data import Calibration
+from surgery.calibrate.data import Calibration, find_file
 from surgery.calibrate.statistics import FIELDS, ExpertStatistics, Sums, read_statistics
 from surgery.errors import PlanError
 from surgery.operators.experts.keep import ExpertShape, KeepList, expert_shape
 from surgery.operators.experts.pruning import RankedExperts, overlap
 from surgery.operators.protocol import Decision, RunContext
 from surgery.stream.checkpoint import Checkpoint, Event
-from surgery.stream.files import DataFile
+from surgery.stream.files import DataFile, file_hash
 
 if TYPE_CHECKING:
     import numpy as np
@@ -75,6 +74,12 @@ class Criterion(RankedExperts):
             sum(s / total if total else s for s, total in zip(each, totals, strict=True)) / len(each)
         )
 
+    def data_hashes(self, context: RunContext) -> Mapping[str, str]:
+        names = [str(self.statistics)] if self.calibration is None else []
+        if self.calibration is not None:
+            names = [name for files in self.calibration.files.values() for name in files]
+        return {name: file_hash(find_file(name, context.beside)) for name in names}
+
     def estimate(self, inputs: Mapping[str, Checkpoint], context: RunContext) -> Mapping[str, Any]:
         (checkpoint,) = inputs.values()
         shape = expert_shape(checkpoint)
@@ -97,9 +102,8 @@ class Criterion(RankedExperts):
         return self._decision(shape, found.statistics, found)
 
     def _read(self, checkpoint: Checkpoint, shape: ExpertShape, context: RunContext) -> ExpertStatistics:
-        path = Path(str(self.statistics)).expanduser()
-        places = [folder / path for folder in (Path(), *context.beside)]
-        statistics = read_statistics(next((place for place in places if place.is_file()), path))
+        path = find_file(str(self.statistics), context.beside)
+        statistics = read_statistics(path)
         if statistics.provenance.get("model") != model_fingerprint(checkpoint):
             raise PlanError(
                 f"{path} was taken on another model than {checkpoint.label}",

@@ -9,14 +9,14 @@ The experts stand in the order that they get; with n_group above 1, consecutive 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, ClassVar
 
-from surgery.errors import UsageError
-from surgery.operators.experts.keep import KeepList, expert_shape, read_keep_list
+from surgery.calibrate.data import find_file
+from surgery.operators.experts.keep import expert_shape, read_keep_list
 from surgery.operators.experts.pruning import DropExperts
 from surgery.operators.protocol import Decision, RunContext
 from surgery.stream.checkpoint import Checkpoint
+from surgery.stream.files import file_hash
 
 
 class DropByList(DropExperts):
@@ -35,16 +35,9 @@ class DropByList(DropExperts):
 
     def decide(self, inputs: Mapping[str, Checkpoint], context: RunContext) -> Decision:
         (checkpoint,) = inputs.values()
-        keep = self._read(context)
+        keep = read_keep_list(find_file(self.keep_list, context.beside))
         expert_shape(checkpoint)
         return Decision(keep.as_dict())
 
-    def _read(self, context: RunContext) -> KeepList:
-        path = Path(self.keep_list).expanduser()
-        for folder in (Path(), *context.beside):
-            if (folder / path).is_file():
-                return read_keep_list(folder / path)
-        raise UsageError(
-            f"there is no keep-list {path}",
-            hint="`surgery prune` writes surgery_keep.json beside the weights",
-        )
+    def data_hashes(self, context: RunContext) -> Mapping[str, str]:
+        return {self.keep_list: file_hash(find_file(self.keep_list, context.beside))}
