@@ -30,10 +30,29 @@ def placement(device: str, dtype: str | None) -> tuple[torch.device, torch.dtype
         raise UsageError(f"no such device: {device}", hint="use cpu, cuda or auto") from error
     if place.type == "cuda" and not torch.cuda.is_available():
         raise UsageError("this machine has no GPU that torch can use", hint="use the device cpu")
-    name = dtype or ("float32" if place.type == "cpu" else "bfloat16")
+    return place, cast("torch.dtype", getattr(torch, compute_dtype(place.type, dtype)))
+
+
+def compute_dtype(kind: str, dtype: str | None) -> str:
+    """The name of the dtype to compute in on a kind of device (float32 on a CPU, bfloat16 elsewhere, unless
+    `dtype` says another); UsageError for what none is."""
+    name = dtype or ("float32" if kind == "cpu" else "bfloat16")
     if name not in DTYPES:
         raise UsageError(f"no such compute dtype: {name}", hint=f"use one of {', '.join(DTYPES)}")
-    return place, cast("torch.dtype", getattr(torch, name))
+    return name
+
+
+def device_kind(device: str) -> str:
+    """cpu or cuda, of a device that need not be there; UsageError for what is none."""
+    import torch
+
+    try:
+        kind = torch.device("cuda" if device == "auto" else device).type
+    except RuntimeError as error:
+        raise UsageError(f"no such device: {device}", hint="use cpu, cuda or auto") from error
+    if kind not in ("cpu", "cuda"):
+        raise UsageError(f"walks run on cpu or cuda, not on {device}", hint="use the device cpu or cuda")
+    return kind
 
 
 def build_skeleton(

@@ -36,6 +36,9 @@ if TYPE_CHECKING:
     from surgery.stream.checkpoint import Checkpoint
 
 
+_VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "tekken.json")
+
+
 @dataclass(frozen=True)
 class Tokenizer:
     """A transformers tokenizer and the ids around a text: `start` before it, any of `ends` after it.
@@ -139,6 +142,11 @@ def load_tokenizer(
     """
     from transformers import AutoTokenizer
 
+    if not any(_is_vocabulary(name) for name in checkpoint.side_files):
+        # transformers would make an empty one of the architecture's class.
+        raise CheckpointError(
+            f"{checkpoint.label} has no tokenizer files", hint="put its tokenizer files beside the weights"
+        )
     with side_folder(checkpoint) as folder:
         try:
             plain = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
@@ -155,6 +163,11 @@ def load_tokenizer(
     ends = {*_named_ids(checkpoint, "eos_token_id"), *_ids(plain.eos_token_id)}
     start = (bos,) if add_bos and isinstance(bos, int) else ()
     return Tokenizer(plain, start, frozenset(ends), _cuts_as_shipped(checkpoint, plain))
+
+
+def _is_vocabulary(name: str) -> bool:
+    """Whether a side file holds a vocabulary, or code that may make one."""
+    return name in _VOCABULARIES or name.endswith((".tiktoken", ".model", ".py"))
 
 
 def _cuts_as_shipped(checkpoint: Checkpoint, plain: PreTrainedTokenizerBase) -> bool:

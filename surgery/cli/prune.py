@@ -92,6 +92,8 @@ def domains_of(given: list[str]) -> dict[str, list[str]]:
         domain, equals, file = each.partition("=")
         if not equals or "/" in domain:
             domain, file = "all", each
+        if not domain or not file:
+            raise UsageError(f"--calibration {each} names no domain, or no file", hint="write DOMAIN=FILE")
         found.setdefault(domain, []).append(file)
     if "all" in found and len(found) > 1:
         raise UsageError("some files have a domain and some have none", hint="write DOMAIN=FILE for each")

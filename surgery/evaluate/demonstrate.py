@@ -61,6 +61,9 @@ def demonstrations(
     progress: Progress | None = None,
 ) -> Demonstrations:
     """Write {"prompt", "reply"} lines to `out`, greedy replies through the model's chat template."""
+    if out.is_dir() or not out.absolute().parent.is_dir():
+        what = "is a folder" if out.is_dir() else "is in a folder that does not exist"
+        raise PlanError(f"{out} {what}", hint="give a file that can be written")
     if out.exists() and not overwrite:
         raise PlanError(f"{out} exists", hint="choose another file, or replace it with --overwrite")
     texts = read_prompts(prompts, limit)

@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from surgery.calibrate.skeleton import placement
 from surgery.errors import PlanError, RecipeError
 from surgery.operators.protocol import LayerOperator, RunContext
 from surgery.recipe.build import Apply, build, outline
@@ -158,7 +159,10 @@ def run_recipe(
     check_apart(out, planned.checkpoint)
     check_readable(planned.checkpoint)
     check_disk(planned.disk_bytes, out)
+    check_memory(planned.survey, options.memory_bytes)
     check_walks(planned)
+    if planned.walks:
+        placement(context.device, context.dtype)
     with walk_place(out, fresh=options.fresh) as folder:
         checkpoint = _built(loaded, Walker(context, folder, options.fresh).apply)
         return _save(loaded, checkpoint, out, options)

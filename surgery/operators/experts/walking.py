@@ -21,7 +21,7 @@ from surgery.calibrate.budget import (
 from surgery.calibrate.data import CalibrationSet, read_calibration
 from surgery.calibrate.experts import Routing
 from surgery.calibrate.ranks import Ranks, joined_ranks
-from surgery.calibrate.skeleton import placement
+from surgery.calibrate.skeleton import compute_dtype, device_kind, placement
 from surgery.calibrate.statistics import ExpertStatistics, LayerStatistics
 from surgery.calibrate.threads import torch_threads
 from surgery.calibrate.tokenizer import load_tokenizer
@@ -228,8 +228,8 @@ def estimate(
     """The walk's needs for a plan. The device need not be there."""
     check_walkable(checkpoint, shape)
     data, pad = calibration_set(criterion, checkpoint, context)
-    kind = "cuda" if context.device.startswith("cuda") else "cpu"
-    dtype = context.dtype or ("float32" if kind == "cpu" else "bfloat16")
+    kind = device_kind(context.device)
+    dtype = compute_dtype(kind, context.dtype)
     shapes = [batch.shape for batch in make_batches(data.sequences, BATCH_TOKENS[kind], pad)]
     found = estimate_walk(checkpoint, shapes, device=kind, dtype=dtype, memory_bytes=context.memory_bytes)
     return {**found.as_dict(), "calibration": data.describe()}
