@@ -126,6 +126,7 @@ def test_killed_between_walk_and_output(tiny: Families, tmp_path: Path) -> None:
         ({"op": "experts.reap"}, "op|easy_ep"),
         ({"groups": "regrouped"}, "groups"),
         ({"propagate": "changed"}, "propagate"),
+        ({"calibration": {"num_samples": 2}}, "calibration|num_samples"),
     ],
 )
 def test_another_step_is_refused(
@@ -135,6 +136,8 @@ def test_another_step_is_refused(
     document = recipe(tiny("deepseek_v3"), tmp_path / "d.jsonl")
     out = tmp_path / "out"
     kill(document, out, *(("walk", 2) if at == "walk" else ("walk", 4)))
+    if "calibration" in change:
+        change = {"calibration": {"files": str(tmp_path / "d.jsonl"), **change["calibration"]}}
     other = {**document, "steps": [{**document["steps"][0], **change}]}
     with pytest.raises(PlanError, match=named) as caught:
         surgery.run(other, out, context=CONTEXT, threads=1)
@@ -144,7 +147,7 @@ def test_another_step_is_refused(
     same(out, tmp_path / "whole")
 
 
-@pytest.mark.parametrize("what", ["calibration", "weights"])
+@pytest.mark.parametrize("what", ["calibration", "dtype", "weights"])
 def test_other_data_is_refused(tiny: Families, tmp_path: Path, what: str) -> None:
     """The same words of the recipe, but not the same walk."""
     folder = Path(shutil.copytree(tiny("qwen3_moe"), tmp_path / "model"))
@@ -164,7 +167,7 @@ def test_other_data_is_refused(tiny: Families, tmp_path: Path, what: str) -> Non
     assert "--fresh" in caught.value.hint and not out.exists()
 
 
-@pytest.mark.parametrize("what", ["dtype", "weights"])
+@pytest.mark.parametrize("what", ["calibration", "dtype", "weights"])
 def test_a_decision_from_other_data_is_refused(tiny: Families, tmp_path: Path, what: str) -> None:
     """Killed between walk and output, then the data changed under the same names."""
     folder = Path(shutil.copytree(tiny("qwen3_moe"), tmp_path / "model"))
