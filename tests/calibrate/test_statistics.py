@@ -160,6 +160,11 @@ def test_file_gives_back_the_same_bits(tmp_path: Path) -> None:
         (lambda d: d.update(schema=9), "schema 9"),
         (lambda d: d.update(fields=["count"]), "schema"),
         (lambda d: d["layers"].update({"1": [[1.0]]}), "layer 1"),
+        (lambda d: d["layers"].update({"1": [[["x"] * 5] * 8] * 2}), "layer|whole|number"),
+        (lambda d: d["layers"].update({"one": d["layers"]["1"]}), "layer|whole|number"),
+        (lambda d: d.pop("layers"), "layers|whole"),
+        (lambda d: d.pop("provenance"), "provenance|whole"),
+        (lambda d: d.pop("domains"), "domains|whole"),
     ],
 )
 def test_spoilt_files_are_refused(tmp_path: Path, change: Any, told: str) -> None:

@@ -2,17 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import factories
 import pytest
 import torch
 from tiny_models import to_decoded
-from walk_models import CPU, Families, alone, distance, run, sequences, settings, walked, whole
+from walk_models import (
+    CPU,
+    Families,
+    alone,
+    distance,
+    masked_routers,
+    run,
+    sequences,
+    settings,
+    walked,
+    whole,
+)
 
 import surgery
-from surgery.calibrate.batches import make_batches
+from surgery.calibrate.batches import Batch, make_batches
 from surgery.calibrate.walk import Walk
+from surgery.operators.experts.groups import Groups
+from surgery.operators.experts.keep import ExpertShape, KeepList, apply_keep, expert_shape, keep_tensors
+from surgery.stream.checkpoint import Checkpoint
 
 MIXTURES = [
     "deepseek_v2", "deepseek_v3", "glm4_moe", "gpt_oss", "llama4_text", "mixtral", "olmoe", "qwen2_moe",
@@ -124,3 +141,73 @@ def test_progress_counts_tokens_without_padding(tiny: Families) -> None:
     batches = make_batches(sequences((10, 7)), 100)
     walked(surgery.open(tiny("qwen3")), batches, progress=lambda *row: told.append(row))
     assert told == [("walk", done, 34) for done in (0, 17, 34)]
+
+
+class Noting:
+    """A step that keeps the hidden states in front of the experts, and may hand on other tensors."""
+
+    shape: ExpertShape
+
+    def __init__(self, keep: dict[int, tuple[int, ...]] | None = None) -> None:
+        self.keep = keep or {}
+        self.seen: dict[int, list[torch.Tensor]] = {}
+        self.experts = ()
+
+    def outline(self, checkpoint: Checkpoint) -> Checkpoint:
+        if not self.keep:
+            return checkpoint
+        shape = expert_shape(checkpoint)
+        return apply_keep(checkpoint, shape, KeepList(self.keep, Groups()), "prune", "test")
+
+    def observe(self, layer: int, **_: Any) -> Any:
+        self.layer = layer
+        self.seen[layer] = []
+        return self
+
+    @contextmanager
+    def watch(self, built: Any) -> Iterator[None]:
+        norm = built.module.post_attention_layernorm
+        handle = norm.register_forward_pre_hook(lambda _, args: self.seen[self.layer].append(args[0]))
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def batch(self, batch: Batch) -> None:
+        assert batch.domain == 0
+
+    def finish(self, layer: int, refs: Any, replay: Any) -> Any:
+        if not self.keep:
+            return None
+        return keep_tensors(refs, self.keep[layer], self.shape)
+
+    def state(self) -> dict[str, Any]:
+        return {}
+
+    def restore(self, state: Any) -> None:
+        assert state == {}
+
+
+@pytest.mark.parametrize("propagate", ["original", "changed"])
+def test_several_steps_in_one_walk(tiny: Families, propagate: Any) -> None:
+    """The second of three steps rewrites: what goes on, and what the third one sees, is by `propagate`."""
+    checkpoint = surgery.open(tiny("mixtral"))
+    keep = {0: (1, 2, 5), 1: (0, 3, 4)}
+    steps = [Noting(), Noting(keep), Noting()]
+    steps[1].shape = expert_shape(checkpoint)
+    batches = make_batches(sequences((21, 21)), 21)
+    Walk(checkpoint, batches, steps, settings(), propagate).run()
+    model = whole(checkpoint)
+    states: dict[int, list[torch.Tensor]] = {0: [], 1: []}
+    for number in states:
+        model.model.layers[number].post_attention_layernorm.register_forward_pre_hook(
+            lambda _, args, n=number: states[n].append(args[0])
+        )
+    with masked_routers(model, keep) if propagate == "changed" else nullcontext():
+        for batch in batches:
+            run(model, batch.ids)
+    for step in steps:
+        for number, seen in states.items():
+            assert len(step.seen[number]) == len(batches)
+            for found, reference in zip(step.seen[number], seen, strict=True):
+                assert distance(found, reference) < 1e-5
