@@ -97,7 +97,7 @@ def test_domains_by_name() -> None:
     assert domains_of(["a.jsonl", "b.jsonl"]) == {"all": ["a.jsonl", "b.jsonl"]}
     assert domains_of(["x=a", "y=b", "x=c"]) == {"x": ["a", "c"], "y": ["b"]}
     assert domains_of(["dir/a=b.jsonl"]) == {"all": ["dir/a=b.jsonl"]}
-    for given in (["x=a", "b"], ["b", "x=a", "y=c"]):
+    for given in (["x=a", "b"], ["b", "x=a", "y=c"], ["=a"], ["x="]):
         with pytest.raises(UsageError):
             domains_of(given)
 
@@ -166,6 +166,9 @@ REFUSED: list[tuple[str, list[str], int, str]] = [
     ("llama", ["--calibration", "DATA", "--set", "keep=0.5"], 4, "no routed experts"),
     ("llama", ["--op", "experts.random", "--set", "keep=0.5"], 4, "no routed experts"),
     ("llama4_text", ["--calibration", "DATA", "--set", "keep=2"], 4, "one operation"),
+    ("qwen3_moe", ["--calibration", "DATA", "--set", "keep=3", "--device", "warp"], 2, "warp"),
+    ("qwen3_moe", ["--calibration", "DATA", "--set", "keep=3", "--dtype", "float8"], 2, "float8"),
+    ("qwen3_moe", ["--calibration", "DATA", "--set", "keep=3", "--memory", "1MB"], 5, "256"),
 ]
 
 
@@ -189,7 +192,7 @@ def test_refused_with_nothing_written(
     assert sorted(tmp_path.rglob("*")) == before
 
 
-@pytest.mark.parametrize("what", ["template", "tokenizer"])
+@pytest.mark.parametrize("what", ["template", "tokenizer", "none"])
 def test_tokenizers_that_do_not_serve(
     tiny: Families, tmp_path: Path, capsys: pytest.CaptureFixture[str], what: str
 ) -> None:

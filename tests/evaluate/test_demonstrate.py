@@ -86,6 +86,22 @@ def test_files_that_are_there_stay(tiny: Families, tmp_path: Path) -> None:
     assert json.loads(out.read_text())["prompt"] == "a"
 
 
+@pytest.mark.parametrize("place", ["folder", "nowhere"])
+def test_places_that_cannot_be_written(tiny: Families, tmp_path: Path, place: str) -> None:
+    """Told before the model has replied to anything."""
+    (tmp_path / "folder").mkdir()
+    out = tmp_path / "folder" if place == "folder" else tmp_path / "no" / "where.jsonl"
+    path = prompts(tmp_path / "p.jsonl", "a")
+    told: list[str] = []
+    with pytest.raises((PlanError, UsageError)):
+        demonstrations(
+            str(tiny("llama")), path, out, max_new_tokens=2, overwrite=True,
+            progress=lambda stage, *_: told.append(stage),
+        )  # fmt: skip
+    assert told == []
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["folder", "p.jsonl"]
+
+
 def test_on_the_command_line(tiny: Families, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Prompts in, demonstrations out, and the next command that it names works."""
     folder, out = tiny("mixtral"), tmp_path / "demos.jsonl"
