@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import typer
 
-from surgery.cli import demo, doctor, evaluate, look, prune, recipes, run
+from surgery.cli import demo, doctor, evaluate, look, prune, publish, recipes, run
 from surgery.cli.render import Output
 from surgery.errors import InterruptedRun, SurgeryError
 
@@ -29,6 +29,7 @@ prune.register(app)
 look.register(app)
 evaluate.register(app)
 demo.register(app)
+publish.register(app)
 recipes.register(app)
 doctor.register(app)
 

@@ -165,17 +165,58 @@ def plan(
     device: Device = "cpu",
     dtype: Dtype = None,
     trust_remote_code: RemoteCode = False,
+    index_only: Annotated[
+        bool,
+        typer.Option("--index-only", help="Only a first look at the parents: a few requests each."),
+    ] = False,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Say what a recipe reads, writes and needs, from headers alone."""
     from surgery.operators.protocol import RunContext
     from surgery.recipe.load import load_recipe
-    from surgery.recipe.run import plan_recipe
+    from surgery.recipe.run import glance_recipe, plan_recipe
 
     output = Output(json=json, quiet=quiet or json)
+    loaded = load_recipe(recipe, set_ or ())
+    if index_only:
+        seen = glance_recipe(loaded)
+        if json:
+            output.document(seen)
+        else:
+            _show_glance(output, seen)
+        return
     context = RunContext(device=device, dtype=dtype, trust_remote_code=trust_remote_code)
-    show_plan(output, plan_recipe(load_recipe(recipe, set_ or ()), out, memory_bytes(memory), context))
+    show_plan(output, plan_recipe(loaded, out, memory_bytes(memory), context))
+
+
+def _show_glance(output: Output, found: dict[str, Any]) -> None:
+    from surgery.stream.units import format_bytes as size
+
+    output.table(
+        "Parents",
+        ("name", "model", "commit", "type", "shards", "here", "size"),
+        [
+            (
+                parent["name"], parent["model"], (parent["revision"] or "")[:12], parent["model_type"],
+                parent["shards"], parent["local_shards"],
+                "?" if parent["bytes"] is None else size(parent["bytes"]),
+            )
+            for parent in found["parents"]
+        ],
+        right=(4, 5, 6),
+    )  # fmt: skip
+    output.table(
+        "Tensors",
+        ("name", "role", "tensors"),
+        [
+            (parent["name"], row["role"] + (" (MTP)" if row["mtp"] else ""), row["tensors"])
+            for parent in found["parents"]
+            for row in parent["roles"]
+        ],
+        right=(2,),
+    )
+    output.say("from the indexes alone; leave out --index-only for bytes, disk and memory")
 
 
 def show_plan(output: Output, planned: Plan) -> None:
@@ -193,7 +234,7 @@ def show_plan(output: Output, planned: Plan) -> None:
         [
             (
                 parent["name"],
-                parent["model"] + ("" if parent["local"] else " (headers only)"),
+                parent["model"] + ("" if parent["local"] else " (remote)"),
                 parent["files"],
                 size(parent["bytes"]),
                 size(parent["bytes_read"]),

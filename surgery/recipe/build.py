@@ -6,7 +6,7 @@ Reads headers and small files only. What cannot work is refused here, with the p
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,8 @@ from surgery.errors import RecipeError
 from surgery.operators.protocol import PREVIOUS, LayerOperator, Operator, RunContext
 from surgery.recipe.schema import Recipe
 from surgery.stream.checkpoint import Checkpoint, Event
+from surgery.stream.glance import Glance, glance
+from surgery.stream.hub import Hub
 from surgery.stream.source import open_checkpoint
 
 _TOKENIZER_STEMS = (
@@ -62,11 +64,21 @@ def build(recipe: Recipe, folder: Path | None = None, apply: Apply = outline) ->
 
 def open_parents(recipe: Recipe, folder: Path | None) -> dict[str, Checkpoint]:
     """Every parent, by its name in the recipe."""
-    found = {}
+    hub = Hub()
+    return {name: open_checkpoint(model, name, hub) for name, model in parent_places(recipe, folder)}
+
+
+def glance_at_parents(recipe: Recipe, folder: Path | None) -> list[Glance]:
+    """A first look at every parent, which reads no headers."""
+    hub = Hub()
+    return [glance(model, name, hub) for name, model in parent_places(recipe, folder)]
+
+
+def parent_places(recipe: Recipe, folder: Path | None) -> Iterator[tuple[str, str | Path]]:
+    """Names of parents and where they are."""
     for name, model in recipe.parents.items():
         beside = folder / model if folder and not Path(model).expanduser().exists() else None
-        found[name] = open_checkpoint(beside if beside and beside.is_dir() else model, name)
-    return found
+        yield name, beside if beside and beside.is_dir() else model
 
 
 def is_tokenizer_file(name: str) -> bool:

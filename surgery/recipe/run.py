@@ -13,18 +13,18 @@ import yaml
 from surgery.calibrate.skeleton import placement
 from surgery.errors import PlanError, RecipeError
 from surgery.operators.protocol import LayerOperator, RunContext
-from surgery.recipe.build import Apply, build, outline
+from surgery.recipe.build import Apply, build, glance_at_parents, outline
 from surgery.recipe.load import LoadedRecipe
 from surgery.recipe.walks import Planner, Walker, walk_folder, walk_place
 from surgery.report.html import render_report
 from surgery.stream.checkpoint import Checkpoint
 from surgery.stream.formats import apply_format
+from surgery.stream.hub import pinned
 from surgery.stream.save import (
     SaveOptions,
     SaveResult,
     check_apart,
     check_output,
-    check_readable,
     refuse_events,
     save,
 )
@@ -69,7 +69,7 @@ class Plan:
             "parents": [
                 {
                     "name": source.label, "model": source.model, "revision": source.revision,
-                    "local": source.readable, "files": len(source.files),
+                    "local": source.local, "files": len(source.files),
                     "bytes": stored[source.label], "bytes_read": plan.reads.get(source.label, 0),
                 }
                 for source in checkpoint.inputs
@@ -121,11 +121,16 @@ def plan_recipe(
     if out is not None:
         check_output(out, overwrite=False)
         check_apart(out, checkpoint)
-        check_readable(checkpoint)
         check_disk(plan.disk_bytes, out)
         check_memory(estimate, memory_bytes)
         check_walks(plan)
     return plan
+
+
+def glance_recipe(loaded: LoadedRecipe) -> dict[str, Any]:
+    """The JSON document of `surgery plan --index-only --json`: the parents by their indexes alone."""
+    found = glance_at_parents(loaded.recipe, _folder_of(loaded))
+    return {"schema": 1, "index_only": True, "parents": [each.as_dict() for each in found]}
 
 
 def check_walks(plan: Plan) -> None:
@@ -157,7 +162,6 @@ def run_recipe(
     check_output(out, options.overwrite)
     planned = plan_recipe(loaded, None, options.memory_bytes, context)
     check_apart(out, planned.checkpoint)
-    check_readable(planned.checkpoint)
     check_disk(planned.disk_bytes, out)
     check_memory(planned.survey, options.memory_bytes)
     check_walks(planned)
@@ -211,21 +215,25 @@ def _beside(loaded: LoadedRecipe, context: RunContext) -> RunContext:
 
 def _built(loaded: LoadedRecipe, apply: Apply) -> Checkpoint:
     try:
-        return build(loaded.recipe, Path(loaded.filename).parent if loaded.text else None, apply)
+        return build(loaded.recipe, _folder_of(loaded), apply)
     except RecipeError as error:
         raise loaded.attach(error) from error
+
+
+def _folder_of(loaded: LoadedRecipe) -> Path | None:
+    return Path(loaded.filename).parent if loaded.text else None
 
 
 def _extras(
     checkpoint: Checkpoint, resolved: Mapping[str, Any], manifest: Mapping[str, Any]
 ) -> Mapping[str, str]:
     """The recipe that makes this output again (inputs pinned), and the report."""
-    pinned = {
-        source.label: f"{source.model.partition('@')[0]}@{source.revision}" if source.revision
+    parents = {
+        source.label: pinned(source.model, source.revision) if source.revision
         else os.path.abspath(source.model)
         for source in checkpoint.inputs
     }  # fmt: skip
-    recipe = {**resolved, "parents": {**resolved["parents"], **pinned}}
+    recipe = {**resolved, "parents": {**resolved["parents"], **parents}}
     return {
         RECIPE: yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True),
         REPORT: render_report(manifest),

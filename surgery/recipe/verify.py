@@ -24,6 +24,7 @@ from surgery.report.inspect import ragged_fp8
 from surgery.stream.checkpoint import Checkpoint, ComputedRef, ReadContext, StoredRef, TensorRef
 from surgery.stream.files import file_hash, natural_key
 from surgery.stream.formats import apply_format
+from surgery.stream.hub import Hub, pinned
 from surgery.stream.jobs import same_bytes
 from surgery.stream.manifest import read_manifest
 from surgery.stream.source import open_checkpoint
@@ -92,16 +93,7 @@ def verify(
 def check_files(folder: Path, manifest: Mapping[str, Any], threads: int, tell: Progress) -> Iterator[Check]:
     """Every file of the manifest: there, of its size, of its hash; and no weights beside them."""
     files: Mapping[str, Mapping[str, Any]] = manifest["output"]["files"]
-    wrong = []
-    for name, entry in files.items():
-        path = folder / name
-        if not path.is_file():
-            wrong.append(f"{name} is missing")
-        elif path.stat().st_size != entry["bytes"]:
-            wrong.append(f"{name} has {path.stat().st_size} bytes, {entry['bytes']} expected")
-    stray = [path.name for path in folder.glob("*.safetensors") if path.name not in files]
-    wrong += [f"{name} is not in the manifest" for name in stray]
-    yield _verdict("files", wrong, f"{len(files)} files of the right size")
+    yield _verdict("files", wrong_files(folder, manifest), f"{len(files)} files of the right size")
     hashed = {name: entry["sha256"] for name, entry in files.items() if entry["sha256"]}
     if not hashed:
         yield Check("hashes", "skipped", "the output was written with --no-hash")
@@ -115,6 +107,20 @@ def check_files(folder: Path, manifest: Mapping[str, Any], threads: int, tell: P
             if digest != hashed[name]:
                 bad.append(f"{name} has SHA-256 {digest[:12]}…, {hashed[name][:12]}… expected")
     yield _verdict("hashes", bad, f"{len(present)} files have their SHA-256")
+
+
+def wrong_files(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
+    """Files of the manifest that are missing or of another size, and weights that it does not know."""
+    files: Mapping[str, Mapping[str, Any]] = manifest["output"]["files"]
+    wrong = []
+    for name, entry in files.items():
+        path = folder / name
+        if not path.is_file():
+            wrong.append(f"{name} is missing")
+        elif path.stat().st_size != entry["bytes"]:
+            wrong.append(f"{name} has {path.stat().st_size} bytes, {entry['bytes']} expected")
+    stray = [path.name for path in folder.glob("*.safetensors") if path.name not in files]
+    return wrong + [f"{name} is not in the manifest" for name in stray]
 
 
 def check_tensors(checkpoint: Checkpoint, manifest: Mapping[str, Any]) -> Check:
@@ -213,8 +219,10 @@ def check_lineage(
 
 def rebuild(manifest: Mapping[str, Any]) -> Checkpoint:
     """The lazy checkpoint that a manifest describes, from its inputs and steps."""
+    hub = Hub()
     made: dict[str, Checkpoint] = {
-        label: open_checkpoint(entry["model"], label) for label, entry in manifest["inputs"].items()
+        label: open_checkpoint(pinned(entry["model"], entry["revision"]), label, hub)
+        for label, entry in manifest["inputs"].items()
     }
     result = next(iter(made.values()))
     for step in manifest["steps"]:

@@ -21,9 +21,10 @@ def build_card(checkpoint: Checkpoint, manifest: Mapping[str, Any]) -> str:
     """Markdown with YAML front matter."""
     methods = [str(step["op"]).rpartition(".")[2] for step in checkpoint.history]
     kind = relation(checkpoint)
+    # The hub refuses a card whose base models are none of its own.
+    bases = [source.model.partition("@")[0] for source in checkpoint.inputs if source.revision]
     front: dict[str, Any] = {
-        "base_model": [source.model for source in checkpoint.inputs],
-        "base_model_relation": kind,
+        **({"base_model": bases, "base_model_relation": kind} if bases else {}),
         "library_name": "transformers",
         "tags": ([kind] if kind == "merge" else []) + ["surgery", *dict.fromkeys(methods)],
     }

@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 from threading import Condition, Event, Lock, Thread
 from typing import Any
 
 from surgery.errors import InterruptedRun
+from surgery.stream.ahead import ReadAhead
 from surgery.stream.checkpoint import ComputedRef, ReadContext, Sums
 from surgery.stream.jobs import Job, compile_jobs
+from surgery.stream.remote import RemoteFile
 from surgery.stream.targets import Shard
 from surgery.stream.writer import ShardWriter
 
@@ -74,7 +77,8 @@ class SumTable:
 
 @dataclass
 class Execution:
-    """One run over the shards of a plan. `finished` hears of every shard as it is published."""
+    """One run over the shards of a plan. `finished` hears of every shard as it is published; `ahead_bytes`
+    of the memory are for reading ahead from the `remote` files."""
 
     folder: Path
     hashed: bool
@@ -85,23 +89,28 @@ class Execution:
     progress: Progress
     total_bytes: int
     done_bytes: int = 0
+    remote: Sequence[RemoteFile] = ()
+    ahead_bytes: int = 0
     _stop: Event = field(default_factory=Event)
     _errors: list[BaseException] = field(default_factory=list)
     _lock: Lock = field(default_factory=Lock)
     _counting: Lock = field(default_factory=Lock)
     _open: list[ShardWriter] = field(default_factory=list)
+    _ahead: ReadAhead | None = None
 
     def run(self, shards: Sequence[Shard]) -> None:
         """Write the shards. Raises the first error; finished shards stay."""
         sums = SumTable()
         self.context.record = sums.record
-        gate = MemoryGate(self.memory_bytes)
+        gate = MemoryGate(self.memory_bytes - self.ahead_bytes)
         queue = self._jobs(shards, sums)
+        if self.remote:
+            self._ahead = ReadAhead(shards, self.ahead_bytes, self.remote[0].transfer.limits.streams)
         workers = [
             Thread(target=self._work, args=(queue, gate), name=f"worker {number}", daemon=True)
             for number in range(self.threads)
         ]
-        with one_thread_per_job():
+        with one_thread_per_job(), self._ahead.attached(self.remote) if self._ahead else nullcontext():
             for worker in workers:
                 worker.start()
             try:
@@ -126,7 +135,7 @@ class Execution:
         if self._errors:
             raise self._errors[0]
 
-    def _work(self, queue: Iterator[tuple[ShardWriter, Job]], gate: MemoryGate) -> None:
+    def _work(self, queue: Iterator[tuple[int, ShardWriter, Job]], gate: MemoryGate) -> None:
         while not self._stop.is_set():
             try:
                 with self._lock:
@@ -135,13 +144,25 @@ class Execution:
                     item = next(queue, None)
                 if item is None:
                     return
-                writer, job = item
-                with gate.admit(job.peak_bytes, self._stop.is_set):
+                number, writer, job = item
+                with self._read_ahead(number), gate.admit(job.peak_bytes, self._stop.is_set):
                     if not self._stop.is_set():
                         job.run(self._writing(writer), self.context)
             except BaseException as error:  # noqa: BLE001  (raised again by run, on the caller's thread)
                 self._fail(error)
                 return
+
+    @contextmanager
+    def _read_ahead(self, number: int) -> Iterator[None]:
+        """What a job reads from the hub is planned before the job counts against the memory."""
+        if self._ahead is None:
+            yield
+            return
+        self._ahead.starting(number)
+        try:
+            yield
+        finally:
+            self._ahead.finished(number)
 
     def _writing(self, writer: ShardWriter) -> Callable[[int, Any], None]:
         def write(offset: int, data: Any) -> None:
@@ -164,9 +185,12 @@ class Execution:
         self._stop.set()
         for writer in list(self._open):
             writer.stop()
+        if self._ahead is not None:
+            self._ahead.stop(self.remote)
 
-    def _jobs(self, shards: Sequence[Shard], sums: SumTable) -> Iterator[tuple[ShardWriter, Job]]:
-        """Jobs of all shards in order; opens a shard when its first job is asked for."""
+    def _jobs(self, shards: Sequence[Shard], sums: SumTable) -> Iterator[tuple[int, ShardWriter, Job]]:
+        """Numbered jobs of all shards in order; opens a shard when its first job is asked for."""
+        numbers = count()
         for shard in shards:
             self._close(OPEN_SHARDS - 1)
             if self._stop.is_set():
@@ -181,7 +205,7 @@ class Execution:
             self._advance(len(shard.header))
             self._open.append(writer)
             for job in compile_jobs(shard):
-                yield writer, job
+                yield next(numbers), writer, job
 
     def _close(self, keep: int) -> None:
         """Wait until at most `keep` shards are unfinished."""

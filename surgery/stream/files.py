@@ -7,7 +7,7 @@ import re
 import weakref
 from dataclasses import dataclass, field
 from hashlib import sha256
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,12 @@ if TYPE_CHECKING:
 HASHED = 8 << 20
 """Bytes hashed at a time."""
 _DIGITS = re.compile(r"(\d+)")
+_LEFT_BEHIND = re.compile(
+    r"\.(safetensors|bin|pt|pth|gguf|onnx|msgpack|h5)$|\.index\.json$"
+    r"|^(README\.md|SHA256SUMS|surgery_(manifest|experts|keep)\.json|surgery_(recipe\.yaml|report\.html)"
+    r"|surgery-(journal\.jsonl|lock))$",
+    re.I,
+)
 
 
 def natural_key(name: str) -> list[str | int]:
@@ -36,18 +42,29 @@ def file_hash(path: Path) -> str:
     return digest.hexdigest()
 
 
+def travels(name: str) -> bool:
+    """Whether a file of a model folder goes with its weights: tokenizer, template, generation config,
+    remote code. `name` is relative to the folder, with slashes."""
+    path = PurePosixPath(name)
+    hidden = any(piece.startswith(".") for piece in path.parts)
+    nested_weights = len(path.parts) > 1 and path.parts[0] in ("original", "metal", "onnx")
+    return not (hidden or nested_weights or _LEFT_BEHIND.search(path.name))
+
+
 class DataFile:
-    """A local shard. `header_hash` (SHA-256 of its header bytes) identifies its layout."""
+    """A local shard. `header_hash` (SHA-256 of its header bytes) identifies its layout, `etag` its content
+    where it came from the hub."""
 
-    readable = True
+    local = True
 
-    def __init__(self, path: Path, header: bytes) -> None:
+    def __init__(self, path: Path, header: bytes, etag: str | None = None) -> None:
         self.path = path
         self.name = path.name
         status = os.stat(path)
         self.size = status.st_size
         self.mtime_ns = status.st_mtime_ns
         self.header_hash = sha256(header).hexdigest()
+        self.etag = etag
         self._descriptor: int | None = None
         self._lock = Lock()
 
@@ -82,28 +99,11 @@ class DataFile:
             done += got
 
     def identity(self) -> dict[str, Any]:
-        """What a resumed run compares: another size, time or header is another input."""
+        """What a resumed run compares: another size, time or header is another input. A file of the hub
+        is known by its etag, wherever it is read from."""
+        if self.etag:
+            return {"size": self.size, "etag": self.etag}
         return {"size": self.size, "mtime_ns": self.mtime_ns, "header_sha256": self.header_hash}
-
-
-class RemoteFile(DataFile):
-    """A shard known by its header alone. It can be planned with, not read."""
-
-    readable = False
-
-    def __init__(self, name: str, header_hash: str, label: str, size: int) -> None:
-        self.path = Path(name)
-        self.name = name
-        self.size = size
-        self.mtime_ns = 0
-        self.header_hash = header_hash
-        self.label = label
-
-    def descriptor(self) -> int:
-        raise CheckpointError(
-            f"{self.label} is known by its headers only: {self.name} is not in the local cache",
-            hint=f"download it first: hf download {self.label.replace('@', ' --revision ')}",
-        )
 
 
 @dataclass(frozen=True)
@@ -114,14 +114,16 @@ class Source:
     model: str
     """The path or hub id it was opened by."""
     folder: Path | None
+    """None for a model that is not, or not whole, on this machine."""
     revision: str | None
     files: tuple[DataFile, ...]
     notes: tuple[str, ...] = ()
     """What was odd about the folder but did not stop it from being opened."""
 
     @property
-    def readable(self) -> bool:
-        return all(file.readable for file in self.files)
+    def local(self) -> bool:
+        """Whether every shard is on this machine."""
+        return all(file.local for file in self.files)
 
     def identity(self) -> dict[str, Any]:
         return {

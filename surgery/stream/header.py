@@ -66,7 +66,7 @@ def read_header(path: Path) -> Header:
         size = os.stat(path).st_size
         with open(path, "rb") as file:
             head = file.read(8)
-            length = _length(head, size, str(path))
+            length = header_length(head, size, str(path))
             raw = file.read(length)
     except OSError as error:
         raise CheckpointError(
@@ -75,7 +75,8 @@ def read_header(path: Path) -> Header:
     return parse_header(raw, size, str(path))
 
 
-def _length(head: bytes, file_size: int, label: str) -> int:
+def header_length(head: bytes, file_size: int, label: str) -> int:
+    """Bytes of JSON that the first 8 bytes `head` of a file announce."""
     if len(head) < 8:
         raise _broken(label, f"the file has {len(head)} bytes, less than a safetensors header needs")
     length = int.from_bytes(head, "little")

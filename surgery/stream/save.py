@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from surgery.errors import PlanError, StrictError
+from surgery.stream.ahead import ahead_bytes
 from surgery.stream.card import build_card
 from surgery.stream.checkpoint import Checkpoint, ComputedRef, Event, ReadContext
 from surgery.stream.execute import Execution, Progress
@@ -26,6 +27,7 @@ from surgery.stream.journal import LOCK, Journal, lock, read_events
 from surgery.stream.journal import NAME as JOURNAL
 from surgery.stream.manifest import NAME as MANIFEST
 from surgery.stream.manifest import build_manifest, dump_manifest, tool_versions
+from surgery.stream.remote import remote_files, traffic
 from surgery.stream.source import collector_paused
 from surgery.stream.survey import Survey, check_disk, check_memory, survey
 from surgery.stream.targets import Shard
@@ -88,7 +90,6 @@ def save(checkpoint: Checkpoint, folder: Path, options: SaveOptions) -> SaveResu
     clear_leftovers(folder)
     check_output(folder, options.overwrite)
     check_apart(folder, checkpoint)
-    check_readable(checkpoint)
     check_memory(plan, options.memory_bytes)
     refuse_events(checkpoint.events, options.strict)
     if any(isinstance(ref, ComputedRef) for ref in checkpoint.tensors.values()):
@@ -173,16 +174,6 @@ def check_apart(folder: Path, checkpoint: Checkpoint) -> None:
             )
 
 
-def check_readable(checkpoint: Checkpoint) -> None:
-    """Refuse parents that are known by their headers only."""
-    for source in checkpoint.inputs:
-        if not source.readable:
-            raise PlanError(
-                f"{source.label} ({source.model}) is not on this machine: only its headers are known",
-                hint=f"download it first: hf download {source.model.replace('@', ' --revision ')}",
-            )
-
-
 def refuse_events(events: tuple[Event, ...], strict: bool) -> None:
     if strict and events:
         raise StrictError(
@@ -222,17 +213,21 @@ def _write(
         journal.append(entry)
         finished[shard.name] = entry
 
+    remote = remote_files(checkpoint.inputs)
     Execution(
         work, options.hash, max(1, options.threads), options.memory_bytes,
         ReadContext(options.allow_nonfinite), finish, options.progress,
         total_bytes=plan.output_bytes,
         done_bytes=sum(shard.nbytes for shard in plan.shards if shard.name in kept),
+        remote=remote,
+        ahead_bytes=ahead_bytes(options.memory_bytes, plan.peak_bytes) if remote else 0,
     ).run([shard for shard in plan.shards if shard.name not in kept])  # fmt: skip
     measurements = [probe.measure() for probe in checkpoint.probes]
     outcomes = {name: each for entry in finished.values() for name, each in entry["tensors"].items()}
     weights = {
         shard.name: {"bytes": shard.nbytes, "sha256": finished[shard.name]["sha256"]} for shard in plan.shards
     }
+    network = traffic(checkpoint.inputs)
     files = {**weights, **_write_side_files(checkpoint, plan, work, options.hash)}
     manifest = build_manifest(
         checkpoint,
@@ -251,6 +246,7 @@ def _write(
             "memory_bytes": options.memory_bytes,
             "device": "cpu",
             "resumed_shards": sorted(kept),
+            **({"remote": network} if network else {}),
         },
     )
     texts = {"README.md": build_card(checkpoint, manifest), **checkpoint.texts}

@@ -1,4 +1,4 @@
-"""Open a model: a local folder, or a hub id found in the local cache (or known by its headers).
+"""Open a model: a local folder, or a hub id found in the local cache or read from the hub.
 
 Reads config.json, the index and every safetensors header, checks them against one another, and
 groups stored tensors to logical ones: FP8 weights with their scales, fused experts one by one.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from math import prod
 from pathlib import Path
@@ -20,22 +20,20 @@ from surgery.codecs.fp8_block import BLOCK, Fp8Block, scale_shape
 from surgery.codecs.plain import ITEMSIZE, Opaque, Plain
 from surgery.errors import CheckpointError, Table
 from surgery.stream.checkpoint import Checkpoint, Event, Part, StoredRef, quantization_of
-from surgery.stream.files import DataFile, Source, StoredTensor, natural_key
-from surgery.stream.header import read_header
-from surgery.stream.hub import locate
+from surgery.stream.files import DataFile, Source, StoredTensor, natural_key, travels
+from surgery.stream.header import Header, read_header
+from surgery.stream.hub import Hub, Repo, cached_shard, locate
 from surgery.stream.roles import Architecture, architecture_for
 
 _BUFFERS = frozenset({"BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64"})
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+CONFIG = "config.json"
 SCALE_SUFFIX = "_scale_inv"
 _ONE_OF_SEVERAL = re.compile(r"-of-0*(\d+)\.safetensors$")
-_LEFT_BEHIND = re.compile(
-    r"\.(safetensors|bin|pt|pth|gguf|onnx|msgpack|h5)$|\.index\.json$"
-    r"|^(README\.md|SHA256SUMS|surgery_(manifest|experts|keep)\.json|surgery_(recipe\.yaml|report\.html)"
-    r"|surgery-(journal\.jsonl|lock))$",
-    re.I,
-)
+
+Shards = Callable[[Sequence[str]], list[tuple[DataFile, Header]]]
+"""Opens shards by name."""
 
 
 @contextmanager
@@ -52,19 +50,24 @@ def collector_paused() -> Iterator[None]:
         gc.enable()
 
 
-def open_checkpoint(model: str | Path, name: str | None = None) -> Checkpoint:
+def open_checkpoint(model: str | Path, name: str | None = None, hub: Hub | None = None) -> Checkpoint:
     """A lazy checkpoint of a folder, `repo` or `repo@revision`. Reads headers only.
 
-    `name` is what messages and lineage call it (default: `model` itself). Raises CheckpointError for
-    whatever makes the files unusable, naming the file or tensor.
+    `name` is what messages and lineage call it (default: `model` itself); `hub` says how the hub is reached
+    (default: as the environment says). Raises CheckpointError for whatever makes the files unusable, naming
+    the file or tensor.
     """
-    found = locate(model)
+    found = locate(model, hub)
     label = name or str(model)
-    if found.folder is None:
-        config, stored, files, notes = found.config, found.tensors, found.files, found.notes
+    if found.repo is not None:
+        config, extra, shards = read_repo(found.repo)
+    elif found.folder is not None:
+        config, extra = read_config(found.folder), side_files(found.folder)
+        cached = found.revision is not None
+        shards = read_folder(found.folder, cached_shard if cached else local_shard)
     else:
-        config = read_config(found.folder)
-        stored, files, notes = read_folder(found.folder)
+        raise TypeError(f"{model} is neither in a folder nor on the hub")
+    stored, files, notes = shards
     architecture = architecture_for(config)
     if not architecture.known:
         notes = (*notes, f"no roles are known for model_type {config.get('model_type')!r}")
@@ -74,7 +77,7 @@ def open_checkpoint(model: str | Path, name: str | None = None) -> Checkpoint:
         tensors={ref.name: ref for ref in refs},
         config=config,
         architecture=architecture,
-        side_files=found.side_files if found.folder is None else side_files(found.folder),
+        side_files=extra,
         label=label,
         inputs=(source,),
         events=tuple(Event("input", f"{label}: {note}") for note in notes),
@@ -95,51 +98,84 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    path = folder / "config.json"
+    path = folder / CONFIG
     if not path.is_file():
-        raise CheckpointError(f"{folder} has no config.json", hint="point at the folder of a whole model")
+        raise CheckpointError(f"{folder} has no {CONFIG}", hint="point at the folder of a whole model")
     return read_json(path)
 
 
-def read_folder(folder: Path) -> tuple[list[StoredTensor], tuple[DataFile, ...], tuple[str, ...]]:
-    """Stored tensors of a folder (in natural order), its shards, and what was odd about them."""
-    present = sorted(path.name for path in folder.glob("*.safetensors"))
-    if (folder / INDEX).is_file():
-        weight_map = read_json(folder / INDEX).get("weight_map")
-        valid = isinstance(weight_map, dict) and all(isinstance(v, str) for v in weight_map.values())
-        if not valid or not weight_map:
-            raise CheckpointError(
-                f"{folder / INDEX} has no weight_map of tensor names to files", hint="fetch this file again"
-            )
+Found = tuple[list[StoredTensor], tuple[DataFile, ...], tuple[str, ...]]
+"""Stored tensors in natural order, their shards, and what was odd about them."""
+
+
+def read_folder(folder: Path, open_shard: Callable[[Path], tuple[DataFile, Header]]) -> Found:
+    """The shards of a folder. One whose file is gone (a link into a cache that was emptied) is not there."""
+    present = sorted(path.name for path in folder.glob("*.safetensors") if path.is_file())
+    index = folder / INDEX if (folder / INDEX).is_file() else None
+    return read_shards(
+        str(folder), present, index, lambda names: [open_shard(folder / name) for name in names]
+    )
+
+
+def local_shard(path: Path) -> tuple[DataFile, Header]:
+    header = read_header(path)
+    return DataFile(path, header.raw), header
+
+
+def read_repo(repo: Repo) -> tuple[dict[str, Any], dict[str, Path], Found]:
+    """Config, side files and shards of a repo on the hub; small files come into the local cache."""
+    wanted = [name for name in repo.names if travels(name) or name == INDEX]
+    if CONFIG not in wanted:
+        raise CheckpointError(f"{repo.label} has no {CONFIG}", hint="give the repo of a whole model")
+    extra = repo.small_files(wanted)
+    index = extra.pop(INDEX, None)
+    present = [name for name in repo.names if name.endswith(".safetensors") and "/" not in name]
+    return read_json(extra[CONFIG]), extra, read_shards(repo.label, present, index, repo.shards)
+
+
+def read_index(index: Path, label: str) -> dict[str, str]:
+    """Tensor names to shards, as an index file says."""
+    weight_map = read_json(index).get("weight_map")
+    valid = isinstance(weight_map, dict) and all(isinstance(v, str) for v in weight_map.values())
+    if not valid or not weight_map:
+        raise CheckpointError(
+            f"{label}/{INDEX} has no weight_map of tensor names to files", hint="fetch this file again"
+        )
+    return dict(weight_map)
+
+
+def read_shards(label: str, present: Sequence[str], index: Path | None, shards: Shards) -> Found:
+    """The shards that the index names, or the only one; `present` are the safetensors files there are."""
+    weight_map = None
+    if index is not None:
+        weight_map = read_index(index, label)
         names = sorted(set(weight_map.values()))
     elif SINGLE in present or len(present) == 1:
-        weight_map, names = None, [SINGLE if SINGLE in present else present[0]]
+        names = [SINGLE if SINGLE in present else present[0]]
         part = _ONE_OF_SEVERAL.search(names[0])
         if part and int(part[1]) > 1:
             raise CheckpointError(
-                f"{folder} has one shard of {int(part[1])} and no {INDEX}",
+                f"{label} has one shard of {int(part[1])} and no {INDEX}",
                 hint="fetch the index and the other shards",
             )
     elif present:
         raise CheckpointError(
-            f"{folder} has {len(present)} safetensors files and no {INDEX}", hint="fetch the index"
+            f"{label} has {len(present)} safetensors files and no {INDEX}", hint="fetch the index"
         )
     else:
         raise CheckpointError(
-            f"{folder} has no safetensors files", hint="surgery reads safetensors checkpoints only"
+            f"{label} has no safetensors files", hint="surgery reads safetensors checkpoints only"
         )
-    missing = [name for name in names if not (folder / name).is_file() or "/" in name or name == ".."]
+    missing = [name for name in names if name not in present]
     if missing:
         raise CheckpointError(
-            f"{folder} lacks {len(missing)} of {len(names)} shards that its index names: {_some(missing)}",
+            f"{label} lacks {len(missing)} of {len(names)} shards that its index names: {_some(missing)}",
             hint="fetch the missing shards",
             table=Table(("missing shard",), tuple((name,) for name in missing)),
         )
     tensors: dict[str, StoredTensor] = {}
     files = []
-    for name in names:
-        header = read_header(folder / name)
-        file = DataFile(folder / name, header.raw)
+    for name, (file, header) in zip(names, shards(names), strict=True):
         files.append(file)
         for entry in header.entries:
             if entry.name in tensors:
@@ -150,7 +186,7 @@ def read_folder(folder: Path) -> tuple[list[StoredTensor], tuple[DataFile, ...],
             tensors[entry.name] = StoredTensor(
                 entry.name, entry.dtype, entry.shape, entry.nbytes, file, entry.offset
             )
-    notes = check_index(weight_map, tensors, folder) if weight_map is not None else ()
+    notes = check_index(weight_map, tensors, label) if weight_map is not None else ()
     ignored = [name for name in present if name not in names]
     if ignored:
         notes = (*notes, f"{len(ignored)} safetensors files outside the index are ignored: {_some(ignored)}")
@@ -159,7 +195,7 @@ def read_folder(folder: Path) -> tuple[list[StoredTensor], tuple[DataFile, ...],
 
 
 def check_index(
-    weight_map: Mapping[str, str], tensors: Mapping[str, StoredTensor], folder: Path
+    weight_map: Mapping[str, str], tensors: Mapping[str, StoredTensor], label: str
 ) -> tuple[str, ...]:
     """Refuse an index that names tensors its shards do not hold; note tensors it forgets."""
     lies = [
@@ -169,7 +205,7 @@ def check_index(
     ]
     if lies:
         raise CheckpointError(
-            f"{folder / INDEX} is wrong about {len(lies)} tensors, first {lies[0][0]}: it says {lies[0][1]}, "
+            f"{label}/{INDEX} is wrong about {len(lies)} tensors, first {lies[0][0]}: it says {lies[0][1]}, "
             f"but it is in {lies[0][2]}",
             hint="fetch the index and the shards again",
             table=Table(("tensor", "index says", "found in"), tuple(lies)),
@@ -188,15 +224,8 @@ def _some(names: list[str]) -> str:
 
 def side_files(folder: Path) -> dict[str, Path]:
     """Everything that travels with the weights: tokenizer, template, generation config, remote code."""
-    found = {}
-    for path in sorted(folder.rglob("*")):
-        relative = path.relative_to(folder)
-        hidden = any(piece.startswith(".") for piece in relative.parts)
-        nested_weights = len(relative.parts) > 1 and relative.parts[0] in ("original", "metal", "onnx")
-        if hidden or nested_weights or not path.is_file() or _LEFT_BEHIND.search(relative.name):
-            continue
-        found[relative.as_posix()] = path
-    return found
+    found = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*"))}
+    return {name: path for name, path in found.items() if travels(name) and path.is_file()}
 
 
 def group(

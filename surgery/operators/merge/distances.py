@@ -4,7 +4,7 @@
     relative  ‖A − B‖_F / ‖A‖_F                      (A is the base)
 
 Tensors that a merge decodes anyway are measured whole. Those that it copies are measured on a stated
-sample of rows, read with NumPy alone.
+sample of rows, read with NumPy alone, and not at all where they would be read over the network.
 """
 
 from __future__ import annotations
@@ -102,6 +102,8 @@ class SampledDistance:
 
 
 def _look(ref: StoredRef, start: int, stop: int) -> Any:
+    if any(part.stored.file is not None and not part.stored.file.local for part in ref.parts):
+        return None  # a sample is not worth thousands of requests for bytes that the merge has no use for
     if ref.is_view:
         start, stop = 0, ref.rows
     raw = {part.key: ref.raw(part, start, stop) for part in ref.parts}
