@@ -10,7 +10,6 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import factories
@@ -20,15 +19,12 @@ import oracle
 import pytest
 import torch
 from folders import INDEX, Tensors, change_config, change_shards
-from huggingface_hub import constants, errors
+from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
-from surgery.errors import CheckpointError, PlanError, UsageError
-from surgery.operators.merge.aoe import AssemblyOfExperts
-from surgery.stream.checkpoint import Checkpoint
+from surgery.errors import CheckpointError, UsageError
 from surgery.stream.files import natural_key
 from surgery.stream.source import open_checkpoint
-from surgery.stream.survey import survey
 
 KV_A = "model.layers.0.self_attn.kv_a_proj_with_mqa.weight"
 GATE_UP = "model.layers.0.mlp.experts.gate_up_proj"
@@ -393,108 +389,6 @@ def test_a_hub_id_that_is_not_cached_is_one_error_at_once_when_offline(tmp_path:
     assert done.stdout.startswith("4 org/absent is no local folder")
     assert "hf download org/absent" in done.stdout
     assert time.monotonic() - started < 20
-
-
-class FakeHub:
-    """The hub as `from_headers` asks it, answering from a local folder's headers; nothing goes out."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def model_info(self, repo: str, revision: str | None = None) -> Any:
-        siblings = [SimpleNamespace(rfilename=path.name) for path in sorted(self.folder.iterdir())]
-        return SimpleNamespace(sha="f" * 40, siblings=siblings)
-
-    def get_safetensors_metadata(self, repo: str, revision: str | None = None) -> Any:
-        files = {}
-        for path in sorted(self.folder.glob("*.safetensors")):
-            tensors = {
-                name: SimpleNamespace(dtype=dtype, shape=list(shape))
-                for name, (dtype, shape, _) in oracle.read_shard(path).items()
-            }
-            files[path.name] = SimpleNamespace(tensors=tensors)
-        return SimpleNamespace(files_metadata=files)
-
-
-@pytest.fixture
-def hub(parents: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> FakeHub:
-    fake = FakeHub(parents["reasoner"])
-
-    def absent(*_: object, **__: object) -> str:
-        raise errors.LocalEntryNotFoundError("not cached")
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", absent)
-    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: fake)
-    monkeypatch.setattr(
-        huggingface_hub, "hf_hub_download", lambda repo, name, revision: str(fake.folder / name)
-    )
-    return fake
-
-
-@pytest.mark.usefixtures("hub")
-def test_a_model_known_by_its_headers_is_planned_as_the_folder_is_and_not_run(
-    parents: dict[str, Path], tmp_path: Path
-) -> None:
-    base, local = open_checkpoint(parents["base"], "base"), open_checkpoint(parents["reasoner"], "reasoner")
-    remote = open_checkpoint("org/reasoner", "reasoner")
-    assert remote.config == local.config
-    assert remote.inputs[0].revision == "f" * 40
-    assert not remote.inputs[0].readable
-    assert remote.events
-    assert {name: (ref.shape, ref.codec, ref.parts) for name, ref in remote.tensors.items()} == {
-        name: (ref.shape, ref.codec, ref.parts) for name, ref in local.tensors.items()
-    }
-    children: list[Checkpoint] = []
-    for other in (local, remote):
-        merge = AssemblyOfExperts(base="base", weights={"reasoner": 1.0}, select=("routed_expert",))
-        children.append(merge.apply({"base": base, "reasoner": other}))
-    plans = [survey(child, 1 << 20) for child in children]
-    assert plans[0].reads == plans[1].reads
-    assert plans[0].coverage == plans[1].coverage
-    assert plans[0].output_bytes == plans[1].output_bytes
-    with pytest.raises(PlanError, match="only its headers are known") as caught:
-        children[1].save(tmp_path / "out")
-    assert "hf download org/reasoner" in caught.value.hint
-    assert not list(tmp_path.iterdir())
-    with pytest.raises(CheckpointError, match="headers only"):
-        remote.tensors[KV_A].read()
-
-
-def not_safetensors(*_: object, **__: object) -> Any:
-    raise errors.NotASafetensorsRepoError("org/reasoner is not a safetensors repo")
-
-
-def not_parsed(*_: object, **__: object) -> Any:
-    raise errors.SafetensorsParsingError("Failed to parse safetensors header")
-
-
-def no_network(*_: object, **__: object) -> Any:
-    import httpx
-
-    raise httpx.ConnectError("[Errno 111] Connection refused")
-
-
-def unknown_dtype(*_: object, **__: object) -> Any:
-    tensors = {"a": SimpleNamespace(dtype="F3", shape=[2])}
-    return SimpleNamespace(files_metadata={"model.safetensors": SimpleNamespace(tensors=tensors)})
-
-
-@pytest.mark.parametrize(
-    ("method", "answer"),
-    [
-        ("model_info", no_network),
-        ("get_safetensors_metadata", no_network),
-        ("get_safetensors_metadata", not_safetensors),
-        ("get_safetensors_metadata", not_parsed),
-        ("get_safetensors_metadata", unknown_dtype),
-    ],
-    ids=["no network", "network lost", "no safetensors", "damaged header", "unknown dtype"],
-)
-def test_whatever_the_hub_answers_is_one_error(
-    hub: FakeHub, monkeypatch: pytest.MonkeyPatch, method: str, answer: Any
-) -> None:
-    monkeypatch.setattr(hub, method, answer)
-    assert refused("org/reasoner", "org/reasoner").hint
 
 
 @pytest.mark.parametrize("text", ["{", "[]"])
