@@ -12,9 +12,11 @@ from pathlib import Path
 import factories
 import pytest
 from folders import MANIFEST, file_hashes
-from walk_models import demos
+from walk_models import Families, demos
 
+import surgery
 from surgery.calibrate.ranks import ONE_RANK, Ranks, started_ranks
+from surgery.cli.app import main
 
 
 def test_who_this_process_is(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -47,7 +49,11 @@ def free_port() -> str:
 
 def run_together(model: Path, data: Path, out: Path, *more: str) -> list[tuple[int, str, str]]:
     env = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-    processes = [start(command(model, data, out, *more), RANK=str(rank), **env) for rank in range(2)]
+    return finish([start(command(model, data, out, *more), RANK=str(rank), **env) for rank in range(2)])
+
+
+def finish(processes: list[subprocess.Popen[str]]) -> list[tuple[int, str, str]]:
+    """Exit codes and what was said; none is left behind."""
     try:
         said = [process.communicate(timeout=120) for process in processes]
     finally:
@@ -59,9 +65,7 @@ def run_together(model: Path, data: Path, out: Path, *more: str) -> list[tuple[i
 def test_two_processes_give_the_bytes_of_one(tmp_path: Path) -> None:
     model = factories.deepseek_v3(tmp_path / "m", 2)
     data = demos(tmp_path / "d.jsonl")
-    single = start(command(model, data, tmp_path / "one"))
-    assert single.wait(120) == 0, single.communicate()
-    single.communicate()
+    assert main(command(model, data, tmp_path / "one")[3:]) == 0
     said = run_together(model, data, tmp_path / "two")
     assert [code for code, *_ in said] == [0, 0], said
     assert said[1][1] == said[1][2] == ""
@@ -73,3 +77,50 @@ def test_two_processes_give_the_bytes_of_one(tmp_path: Path) -> None:
     assert manifests[0]["steps"][-1]["decision"] == manifests[1]["steps"][-1]["decision"]
     left = {path.name for path in tmp_path.iterdir()} - {"m"}
     assert left == {"one", "two", "d.jsonl"}
+
+
+KILLED_AND_RESUMED = """
+import sys
+from pathlib import Path
+import torch
+from surgery.operators.protocol import RunContext
+from surgery.recipe.load import recipe_from_dict
+from surgery.recipe.run import follow_recipe, run_recipe
+from surgery.calibrate.ranks import started_ranks
+from surgery.stream.save import SaveOptions
+
+torch.set_num_threads(1)
+model, data, out = sys.argv[1:]
+step = {"op": "experts.easy_ep", "keep": 0.5, "calibration": data}
+loaded = recipe_from_dict({"parents": {"model": model}, "steps": [step]})
+run = run_recipe if started_ranks().leads else follow_recipe
+told = []
+
+def kill(stage, done, total):
+    told.append(done)
+    if len(told) == 3:
+        raise KeyboardInterrupt
+
+for progress in (kill, lambda stage, done, total: stage == "walk" and told.append(done)):
+    options = SaveOptions(threads=1, progress=progress)
+    try:
+        run(loaded, Path(out), options, RunContext(snapshot_seconds=0))
+    except KeyboardInterrupt:
+        assert not Path(out).exists()
+        told.clear()
+print(len(told))
+"""
+
+
+def test_two_processes_resume_together(tiny: Families, tmp_path: Path) -> None:
+    """Killed in front of the last of three layers, and started again: one layer is left to walk."""
+    model, data = tiny("deepseek_v3"), demos(tmp_path / "d.jsonl")
+    recipe = {"op": "experts.easy_ep", "keep": 0.5, "calibration": str(data)}
+    surgery.run({"parents": {"model": str(model)}, "steps": [recipe]}, tmp_path / "one", threads=1)
+    arguments = [sys.executable, "-c", KILLED_AND_RESUMED, str(model), str(data), str(tmp_path / "two")]
+    env = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    said = finish([start(arguments, RANK=str(rank), **env) for rank in range(2)])
+    assert [(code, out.strip()) for code, out, _ in said] == [(0, "2")] * 2, said
+    one, two = (file_hashes(tmp_path / name) for name in ("one", "two"))
+    for name in ("model.safetensors", "config.json", "surgery_experts.json", "surgery_keep.json"):
+        assert one[name] == two[name], name
