@@ -177,6 +177,11 @@ def _packed(
 
 
 def _documents(path: Path, tokenizer: Tokenizer) -> Iterator[list[int]]:
+    if path.suffix == ".json":
+        raise UsageError(
+            f"{path}: calibration data is JSONL, one object a line, or plain text",
+            hint="write the objects one a line and name the file .jsonl",
+        )
     lines = read_lines(path)
     if path.suffix != ".jsonl":
         text = "\n".join(lines)

@@ -10,10 +10,13 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
     import torch
+
+
+Shared = TypeVar("Shared")
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,16 @@ class Ranks:
 
             all_reduce(tensor)
 
+    def share(self, value: Shared) -> Shared:
+        """The first process's value, in all of them."""
+        if self.count == 1:
+            return value
+        from torch.distributed import broadcast_object_list
+
+        holder = [value]
+        broadcast_object_list(holder, src=0)
+        return holder[0]
+
     def wait(self) -> None:
         """Until all processes are here."""
         if self.count > 1:
@@ -52,19 +65,21 @@ def started_ranks() -> Ranks:
 
 
 @contextmanager
-def joined_ranks(device: torch.device) -> Iterator[Ranks]:
+def joined_ranks() -> Iterator[Ranks]:
     """The processes of a torchrun, able to exchange results once all are here; or this one alone."""
     ranks = started_ranks()
     if ranks.count == 1:
         yield ranks
         return
     import torch
+    from torch import distributed
 
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    on_gpu = torch.cuda.is_available()
+    if on_gpu:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    distributed.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
     try:
         ranks.wait()
         yield ranks
     finally:
-        torch.distributed.destroy_process_group()
+        distributed.destroy_process_group()

@@ -18,6 +18,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from surgery.calibrate.ranks import ONE_RANK, Ranks
 from surgery.errors import UsageError
 from surgery.stream.checkpoint import Checkpoint, Event
 
@@ -88,6 +89,8 @@ class RunContext:
     beside: tuple[Path, ...] = ()
     trust_remote_code: bool = False
     snapshot_seconds: float = 600.0
+    ranks: Ranks = ONE_RANK
+    """The processes that walk together, see `surgery.calibrate.ranks.joined_ranks`."""
     progress: Progress | None = None
 
 

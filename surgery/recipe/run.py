@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from surgery.calibrate.ranks import joined_ranks
 from surgery.calibrate.skeleton import placement
 from surgery.errors import PlanError, RecipeError
 from surgery.operators.protocol import LayerOperator, RunContext
@@ -168,7 +169,9 @@ def run_recipe(
     if planned.walks:
         placement(context.device, context.dtype)
     with walk_place(out, fresh=options.fresh) as folder:
-        checkpoint = _built(loaded, Walker(context, folder, options.fresh).apply)
+        with joined_ranks() as ranks:
+            walker = Walker(replace(context, ranks=ranks), folder, options.fresh)
+            checkpoint = _built(loaded, walker.apply)
         return _save(loaded, checkpoint, out, options)
 
 
@@ -177,8 +180,9 @@ def follow_recipe(
 ) -> None:
     """Take part in the walks of a `run_recipe` that another process leads; write nothing."""
     folder = walk_folder(Path(os.path.realpath(out)))
-    walker = Walker(_walking(loaded, options, context), folder, options.fresh, leads=False)
-    _built(loaded, walker.apply)
+    context = _walking(loaded, options, context)
+    with joined_ranks() as ranks:
+        _built(loaded, Walker(replace(context, ranks=ranks), folder, options.fresh).apply)
 
 
 def _walking(loaded: LoadedRecipe, options: SaveOptions, context: RunContext | None) -> RunContext:

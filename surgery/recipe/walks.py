@@ -45,25 +45,27 @@ class Planner:
 
 @dataclass(frozen=True)
 class Walker:
-    """Applies steps for good: walks where there is no decision yet. `folder` is OUT.walk."""
+    """Applies steps for good: walks where there is no decision yet. `folder` is OUT.walk, in which the first
+    of several processes alone writes decisions."""
 
     context: RunContext
     folder: Path
     fresh: bool = False
-    leads: bool = True
-    """Whether this process writes; others of a torchrun only walk."""
 
     def apply(self, index: int, operator: Operator, inputs: Mapping[str, Checkpoint]) -> Checkpoint:
         if not isinstance(operator, LayerOperator):
             return operator.apply(inputs)
         place = self.folder / f"step-{index:02d}"
         identity = self._identity(operator, inputs)
-        decision = None if self.fresh else read_decision(place / DECISION, identity)
+        ranks = self.context.ranks
+        decision = None
+        if ranks.leads:
+            place.mkdir(parents=True, exist_ok=True)
+            decision = None if self.fresh else read_decision(place / DECISION, identity)
+        decision = ranks.share(decision)
         if decision is None:
-            if self.leads:
-                place.mkdir(parents=True, exist_ok=True)
             decision = operator.decide(inputs, replace(self.context, folder=place))
-            if self.leads:
+            if ranks.leads:
                 write_decision(place / DECISION, identity, decision)
                 for path in place.iterdir():
                     if path.name != DECISION:

@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import factories
@@ -17,6 +18,7 @@ from walk_models import Families, demos
 import surgery
 from surgery.calibrate.ranks import ONE_RANK, Ranks, started_ranks
 from surgery.cli.app import main
+from surgery.recipe import run as run_module
 
 
 def test_who_this_process_is(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,7 +92,7 @@ from surgery.calibrate.ranks import started_ranks
 from surgery.stream.save import SaveOptions
 
 torch.set_num_threads(1)
-model, data, out = sys.argv[1:]
+model, data, out, killed = sys.argv[1:]
 step = {"op": "experts.easy_ep", "keep": 0.5, "calibration": data}
 loaded = recipe_from_dict({"parents": {"model": model}, "steps": [step]})
 run = run_recipe if started_ranks().leads else follow_recipe
@@ -101,13 +103,11 @@ def kill(stage, done, total):
     if len(told) == 3:
         raise KeyboardInterrupt
 
-for progress in (kill, lambda stage, done, total: stage == "walk" and told.append(done)):
-    options = SaveOptions(threads=1, progress=progress)
-    try:
-        run(loaded, Path(out), options, RunContext(snapshot_seconds=0))
-    except KeyboardInterrupt:
-        assert not Path(out).exists()
-        told.clear()
+progress = kill if killed == "killed" else lambda stage, done, total: stage == "walk" and told.append(done)
+try:
+    run(loaded, Path(out), SaveOptions(threads=1, progress=progress), RunContext(snapshot_seconds=0))
+except KeyboardInterrupt:
+    assert not Path(out).exists()
 print(len(told))
 """
 
@@ -118,9 +118,30 @@ def test_two_processes_resume_together(tiny: Families, tmp_path: Path) -> None:
     recipe = {"op": "experts.easy_ep", "keep": 0.5, "calibration": str(data)}
     surgery.run({"parents": {"model": str(model)}, "steps": [recipe]}, tmp_path / "one", threads=1)
     arguments = [sys.executable, "-c", KILLED_AND_RESUMED, str(model), str(data), str(tmp_path / "two")]
-    env = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-    said = finish([start(arguments, RANK=str(rank), **env) for rank in range(2)])
-    assert [(code, out.strip()) for code, out, _ in said] == [(0, "2")] * 2, said
+    for fate, told in (("killed", "3"), ("resumed", "2")):
+        env = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+        said = finish([start([*arguments, fate], RANK=str(rank), **env) for rank in range(2)])
+        assert [(code, out.strip()) for code, out, _ in said] == [(0, told)] * 2, said
     one, two = (file_hashes(tmp_path / name) for name in ("one", "two"))
     for name in ("model.safetensors", "config.json", "surgery_experts.json", "surgery_keep.json"):
         assert one[name] == two[name], name
+
+
+def test_a_process_that_comes_late_finds_the_decision(
+    tiny: Families, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped between walk and output, then started together, the second one long after the first."""
+    model, data, out = tiny("mixtral"), demos(tmp_path / "d.jsonl"), tmp_path / "out"
+
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module, "save", stop)
+        assert main(command(model, data, out)[3:]) == 130
+    env = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    first = start(command(model, data, out), RANK="0", **env)
+    time.sleep(3)
+    said = finish([first, start(command(model, data, out), RANK="1", **env)])
+    assert [code for code, *_ in said] == [0, 0], said
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["d.jsonl", "out"]

@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from surgery.operators.experts.walking import Collected
 
 STATISTICS = "surgery_experts.json"
-KEEP_LIST = "surgery_keep.json"
 
 SAMPLE = 4096
 """Bytes that are looked at in each place of a file to tell models apart."""
@@ -146,7 +145,7 @@ class Criterion(RankedExperts):
             ],
         }  # fmt: skip
         data = {**keep.as_dict(), "statistics": statistics.digest(), "provenance": statistics.provenance}
-        texts = {KEEP_LIST: keep.dump(), STATISTICS: statistics.dump()}
+        texts = {STATISTICS: statistics.dump()}
         return Decision(data, texts, (row,), (*_never_chosen(statistics), *(found.events if found else ())))
 
 

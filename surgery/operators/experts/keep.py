@@ -9,6 +9,7 @@ config's number of experts, so it is pruned with the last layer's list, or dropp
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from surgery.stream.roles import ExpertRules
 
 KIND = "surgery-keep-list"
 SCHEMA = 1
+_EXPERT = re.compile(r"layers\.(\d+)\..*experts\.(\d+)(?=\.|$)")
 COUNT_KEYS = ("n_routed_experts", "num_local_experts", "num_experts")
 """What configs call the number of routed experts; some say it twice."""
 
@@ -229,6 +231,26 @@ def _config(config: Mapping[str, Any], shape: ExpertShape, keep: KeepList, mtp: 
         changes |= dict(zip(shape.rules.groups, (keep.groups.count, keep.groups.chosen), strict=True))
     if mtp == "drop" and section.get("num_nextn_predict_layers"):
         changes["num_nextn_predict_layers"] = 0
-    if section is config:
-        return {**config, **changes}
-    return {**config, "text_config": {**section, **changes}}
+    found = {**config, **changes} if section is config else {**config, "text_config": {**section, **changes}}
+    quantization = config.get("quantization_config")
+    if isinstance(quantization, Mapping):
+        found["quantization_config"] = {
+            key: _renumbered(value, keep) if isinstance(value, list) else value
+            for key, value in quantization.items()
+        }
+    return found
+
+
+def _renumbered(names: list[Any], keep: KeepList) -> list[Any]:
+    """Lists of module names in a quantization_config (what is left unquantized): experts under their new
+    numbers, dropped ones left out."""
+    kept = []
+    for name in names:
+        found = _EXPERT.search(name) if isinstance(name, str) else None
+        experts = keep.layers.get(int(found[1])) if found else None
+        if found is None or experts is None:
+            kept.append(name)
+        elif int(found[2]) in experts:
+            number = experts.index(int(found[2]))
+            kept.append(f"{name[: found.start(2)]}{number}{name[found.end(2) :]}")
+    return kept

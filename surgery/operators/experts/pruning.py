@@ -20,6 +20,7 @@ from surgery.operators.experts.keep import (
 from surgery.operators.protocol import Decision, LayerOperator, RunContext, record_step
 from surgery.stream.checkpoint import Checkpoint
 
+KEEP_LIST = "surgery_keep.json"
 Keep = Annotated[float, Field(gt=0)]
 
 
@@ -62,7 +63,7 @@ class DropExperts(LayerOperator):
             history=history,
             events=(*pruned.events, *decision.events),
             probes=(*pruned.probes, *(Measured(row) for row in decision.measurements)),
-            texts={**pruned.texts, **decision.texts},
+            texts={**pruned.texts, KEEP_LIST: keep.dump(), **decision.texts},
         )
 
 

@@ -20,7 +20,7 @@ from surgery.calibrate.budget import (
 )
 from surgery.calibrate.data import CalibrationSet, read_calibration
 from surgery.calibrate.experts import Routing
-from surgery.calibrate.ranks import Ranks, joined_ranks
+from surgery.calibrate.ranks import Ranks
 from surgery.calibrate.skeleton import compute_dtype, device_kind, placement
 from surgery.calibrate.statistics import ExpertStatistics, LayerStatistics
 from surgery.calibrate.threads import torch_threads
@@ -133,8 +133,8 @@ def collect(
     device, dtype = placement(context.device, context.dtype)
     data, pad = calibration_set(criterion, checkpoint, context)
     weights = sum(ref.numel for ref in checkpoint.tensors.values())
-    with joined_ranks(device) as ranks, torch_threads(context.threads, weights):
-        step = PruneStep(criterion, shape, data.domains, ranks)
+    with torch_threads(context.threads, weights):
+        step = PruneStep(criterion, shape, data.domains, context.ranks)
         provenance = {
             "calibration": data.describe(), "model": model_fingerprint(checkpoint), "routing": "model",
             "propagate": criterion.propagate, "device": device.type,
@@ -145,7 +145,7 @@ def collect(
         settings = WalkSettings(
             device, dtype, room_bytes=room, keep=keep,
             host_bytes=host_share(context.memory_bytes),
-            folder=context.folder, snapshot_seconds=context.snapshot_seconds, ranks=ranks,
+            folder=context.folder, snapshot_seconds=context.snapshot_seconds, ranks=context.ranks,
             trust_remote_code=context.trust_remote_code, progress=context.progress,
         )  # fmt: skip
         batches = make_batches(data.sequences, BATCH_TOKENS[device.type], pad)
