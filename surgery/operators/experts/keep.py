@@ -234,20 +234,23 @@ def _config(config: Mapping[str, Any], shape: ExpertShape, keep: KeepList, mtp: 
     found = {**config, **changes} if section is config else {**config, "text_config": {**section, **changes}}
     quantization = config.get("quantization_config")
     if isinstance(quantization, Mapping):
+        last = section.get("num_hidden_layers")
+        predicted = keep.layers[shape.layers[-1]] if mtp == "prune" else ()
+        layers = dict(keep.layers) | ({last: predicted} if isinstance(last, int) else {})
         found["quantization_config"] = {
-            key: _renumbered(value, keep) if isinstance(value, list) else value
+            key: _renumbered(value, layers) if isinstance(value, list) else value
             for key, value in quantization.items()
         }
     return found
 
 
-def _renumbered(names: list[Any], keep: KeepList) -> list[Any]:
+def _renumbered(names: list[Any], layers: Mapping[int, tuple[int, ...]]) -> list[Any]:
     """Lists of module names in a quantization_config (what is left unquantized): experts under their new
     numbers, dropped ones left out."""
     kept = []
     for name in names:
         found = _EXPERT.search(name) if isinstance(name, str) else None
-        experts = keep.layers.get(int(found[1])) if found else None
+        experts = layers.get(int(found[1])) if found else None
         if found is None or experts is None:
             kept.append(name)
         elif int(found[2]) in experts:
