@@ -160,10 +160,11 @@ def test_files_that_cannot_be_read(tmp_path: Path, tokenizer: Tokenizer) -> None
     (tmp_path / "empty.jsonl").write_text("")
     (tmp_path / "blank.jsonl").write_text("\n\n")
     (tmp_path / "blank.txt").write_text(" \n")
+    (tmp_path / "array.json").write_text('[{"text": "a"}]')
     (tmp_path / "latin.jsonl").write_bytes(b'{"text": "\xe4"}')
     for name, told in (
         ("empty.jsonl", "no document"), ("blank.jsonl", "no document"), ("blank.txt", "no text"),
-        ("latin.jsonl", "UTF-8"), ("none.jsonl", "no file"),
+        ("latin.jsonl", "UTF-8"), ("array.json", "JSONL"), ("none.jsonl", "no file"),
     ):  # fmt: skip
         with pytest.raises(UsageError, match=told) as caught:
             read(str(tmp_path / name), tokenizer)

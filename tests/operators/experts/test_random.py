@@ -39,6 +39,15 @@ def test_groups_are_respected(tiny: Families, tmp_path: Path) -> None:
         assert sorted(sum(expert // 8 == group for expert in layer) for group in range(4)) == [0, 0, 8, 8]
 
 
+def test_its_list_can_be_given_again(tiny: Families, tmp_path: Path) -> None:
+    lists = kept(tiny("olmoe"), tmp_path / "a", keep=3, seed=8)
+    step = {"op": "experts.drop", "keep_list": str(tmp_path / "a" / "surgery_keep.json")}
+    surgery.run({"parents": {"m": str(tiny("olmoe"))}, "steps": [step]}, tmp_path / "b")
+    assert strict_manifest(tmp_path / "b")["steps"][-1]["decision"]["layers"] == lists
+    one, two = (file_hashes(tmp_path / name)["model.safetensors"] for name in ("a", "b"))
+    assert one == two
+
+
 def test_every_expert_is_as_likely() -> None:
     """Over many layers each of 16 experts is among the best 8 about half the time (5 σ)."""
     counts = [0] * 16
