@@ -221,12 +221,12 @@ def test_names_of_experts_in_the_config(tmp_path: Path) -> None:
     folder = factories.deepseek_v3(tmp_path / "model", 3)
     config = json.loads((folder / "config.json").read_text())
     names = ["lm_head", "re:.*gate$"]
-    names += [f"model.layers.{n}.mlp.experts.{e}.up_proj" for n in (1, 2) for e in range(8)]
+    names += [f"model.layers.{n}.mlp.experts.{e}.up_proj" for n in (1, 2, 3) for e in range(8)]
     quantization = config["quantization_config"] | {"modules_to_not_convert": names}
     (folder / "config.json").write_text(json.dumps(config | {"quantization_config": quantization}))
     keep = prune(folder, tmp_path / "out", "experts.random", keep=4, seed=3)
     found = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
-    for layer, kept in keep["layers"].items():
+    for layer, kept in [*keep["layers"].items(), (3, keep["layers"][2])]:  # 3 is the prediction layer
         assert kept != list(range(4)), "the numbers must change for this to show anything"
         mine = [name for name in found["modules_to_not_convert"] if f"layers.{layer}." in name]
         assert mine == [f"model.layers.{layer}.mlp.experts.{e}.up_proj" for e in range(4)]
