@@ -17,6 +17,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from surgery.report.comparison import read_evaluation
 from surgery.report.distances import DistanceMap, distance_maps, unplaced_distances
+from surgery.report.experts import expert_sections, map_key
 from surgery.report.figures import Stack, comparison_chart, coverage_bars
 from surgery.report.heatmap import common_scale, describe_place, heat_legend, heat_map, in_order
 from surgery.report.summary import base_of, percent, summarise
@@ -49,6 +50,8 @@ def render_report(manifest: Mapping[str, Any], evaluation: Mapping[str, Any] | N
         comparison=_comparison(manifest, evaluation),
         distance=_distance(manifest),
         coverage=_coverage(manifest),
+        experts=expert_sections(manifest),
+        expert_key=map_key(),
         parents=_parents(manifest),
         files=(manifest.get("output") or {}).get("files") or {},
         many_files=MANY_FILES,

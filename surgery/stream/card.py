@@ -12,9 +12,12 @@ from surgery.stream.checkpoint import Checkpoint
 from surgery.stream.units import format_bytes
 
 
-def relation(checkpoint: Checkpoint) -> str:
-    """The hub's `base_model_relation`; several parents make a merge."""
-    return "merge" if len(checkpoint.inputs) > 1 else "quantized"
+def relation(checkpoint: Checkpoint) -> str | None:
+    """The hub's `base_model_relation`: several parents make a merge. None for a model without some of its
+    experts: the hub has no word for it, and would be told of a quantization or a training that never was."""
+    if len(checkpoint.inputs) > 1:
+        return "merge"
+    return None if any(str(step["op"]).startswith("experts.") for step in checkpoint.history) else "quantized"
 
 
 def build_card(checkpoint: Checkpoint, manifest: Mapping[str, Any]) -> str:
@@ -24,13 +27,19 @@ def build_card(checkpoint: Checkpoint, manifest: Mapping[str, Any]) -> str:
     # The hub refuses a card whose base models are none of its own.
     bases = [source.model.partition("@")[0] for source in checkpoint.inputs if source.revision]
     front: dict[str, Any] = {
-        **({"base_model": bases, "base_model_relation": kind} if bases else {}),
+        **({"base_model": bases} if bases else {}),
+        **({"base_model_relation": kind} if bases and kind else {}),
         "library_name": "transformers",
         "tags": ([kind] if kind == "merge" else []) + ["surgery", *dict.fromkeys(methods)],
     }
     title = f"# {' + '.join(source.label for source in checkpoint.inputs)}"
     parents = [
         f"| {source.label} | `{source.model}` | {source.revision or ''} |" for source in checkpoint.inputs
+    ]
+    pruned = [
+        f"- {row['op']}: {row['kept']} of {row['experts']} routed experts stay in each layer"
+        for row in manifest["measurements"]
+        if row.get("kind") == "experts"
     ]
     rows = [
         f"| {each['role']}{' (MTP)' if each['mtp'] else ''} | {each['action']} | {each['tensors']} "
@@ -60,6 +69,7 @@ def build_card(checkpoint: Checkpoint, manifest: Mapping[str, Any]) -> str:
             "",
             "## What was done",
             "",
+            *([*pruned, ""] if pruned else []),
             "| role | origin | tensors | bytes |",
             "| --- | --- | ---: | ---: |",
             *rows,
