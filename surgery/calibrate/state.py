@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING, Any, cast
 
-from surgery.codecs.fp8_block import BLOCK, Fp8Block, scale_blocks
+from surgery.codecs.fp8_block import BLOCK, Fp8Block
 from surgery.errors import CheckpointError, Table
 from surgery.stream.checkpoint import StoredRef
 
@@ -220,7 +220,9 @@ class StoredForm:
             return self.plain.to(dtype)
         if self.codes is None or self.scales is None:
             raise TypeError("FP8 codes without scales")
-        return decode_blocks(self.codes, self.scales, dtype)
+        from surgery.codecs.ops import decode_fp8_block
+
+        return decode_fp8_block(self.codes, self.scales, dtype)
 
     @classmethod
     def stack(cls, forms: list[StoredForm]) -> StoredForm | None:
@@ -235,14 +237,6 @@ class StoredForm:
         if len(codes) == len(forms) and all(each.shape[0] % BLOCK == 0 for each in codes[:-1]):
             return cls(torch.cat(codes), torch.cat(scales), None)
         return None
-
-
-def decode_blocks(codes: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """e4m3 codes [R, C] (uint8) times their 128×128 block scales, in float32, rounded once to `dtype`."""
-    import torch
-
-    # Codes are exact in every compute dtype; the product is made in float32, that of the scales, and rounded.
-    return scale_blocks(codes.view(torch.float8_e4m3fn).to(dtype), scales)
 
 
 def stored_form(ref: TensorRef, dtype: torch.dtype) -> StoredForm:

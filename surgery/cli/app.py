@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import typer
 
-from surgery.cli import demo, doctor, evaluate, look, prune, publish, recipes, run
+from surgery.cli import demo, doctor, evaluate, kernels, look, prune, publish, recipes, run
 from surgery.cli.render import Output
 from surgery.errors import InterruptedRun, SurgeryError
 
@@ -32,6 +32,7 @@ demo.register(app)
 publish.register(app)
 recipes.register(app)
 doctor.register(app)
+kernels.register(app)
 
 
 def _show_version(value: bool) -> None:

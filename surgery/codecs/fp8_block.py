@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     import torch
 
 BLOCK = 128
-LARGEST_CODE = 448.0
 NAN_CODE = 0x7F
 
 
@@ -68,9 +67,19 @@ class Fp8Block:
     ) -> torch.Tensor:
         import torch
 
-        codes = torch.from_numpy(raw["weight"]).to(torch.int32)
-        values = _e4m3_values().index_select(0, codes).view(stop - start, shape[1])
-        return scale_blocks(values, self.scales(raw["scale"], shape))
+        from surgery.codecs.ops import decode_fp8_block
+
+        codes, scales = self.tensors(shape, start, stop, raw)
+        return decode_fp8_block(codes, scales, torch.float32)
+
+    def tensors(
+        self, shape: tuple[int, ...], start: int, stop: int, raw: Mapping[str, np.ndarray[Any, Any]]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(uint8 codes [stop - start, cols], float32 scales by block) of stored bytes."""
+        import torch
+
+        codes = torch.from_numpy(raw["weight"]).view(stop - start, shape[1])
+        return codes, self.scales(raw["scale"], shape)
 
     def scales(self, raw: np.ndarray[Any, Any], shape: tuple[int, ...]) -> torch.Tensor:
         """float32 scales [blocks, ⌈cols/128⌉] from their stored bytes."""
@@ -87,24 +96,19 @@ class Fp8Block:
         return values.view(-1, scale_shape(shape)[1])
 
     def encode(self, tile: torch.Tensor) -> dict[str, np.ndarray[Any, Any]]:
+        from surgery.codecs.ops import encode_fp8_block
+
+        return self.stored(*encode_fp8_block(tile, ue8m0=self.ue8m0))
+
+    def stored(self, codes: torch.Tensor, scales: torch.Tensor) -> dict[str, np.ndarray[Any, Any]]:
+        """The bytes of each part."""
         import torch
 
-        scales = block_amax(tile)
-        if not bool(torch.isfinite(scales).all()):
-            scales = block_amax(torch.where(torch.isfinite(tile), tile, 0.0))
-        scales = scales.div_(LARGEST_CODE)
-        if self.ue8m0:
-            scales = ceil_to_power_of_two(scales)
-        scales = torch.where(scales > 0, scales, 1.0)
-        codes = divide_blocks(tile, scales).clamp_(-LARGEST_CODE, LARGEST_CODE).to(torch.float8_e4m3fn)
         if self.scale_dtype == "F8_E8M0":
-            stored = (scales.view(torch.int32) >> 23).to(torch.uint8)
+            kept = (scales.view(torch.int32) >> 23).to(torch.uint8)
         else:
-            stored = scales.view(torch.uint8)
-        return {
-            "weight": codes.view(torch.uint8).view(-1).numpy(),
-            "scale": stored.reshape(-1).numpy(),
-        }
+            kept = scales.view(torch.uint8)
+        return {"weight": codes.view(-1).numpy(), "scale": kept.reshape(-1).numpy()}
 
     def finite(self, key: str, raw: np.ndarray[Any, Any]) -> bool:
         if key == "weight":
@@ -117,58 +121,3 @@ class Fp8Block:
 def scale_shape(shape: tuple[int, ...]) -> tuple[int, int]:
     """Blocks down and across of a [rows, cols] matrix."""
     return -(-shape[0] // BLOCK), -(-shape[1] // BLOCK)
-
-
-def _e4m3_values() -> torch.Tensor:
-    """float32 values of the 256 codes."""
-    import torch
-
-    return torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).to(torch.float32)
-
-
-def _is_whole(tile: torch.Tensor) -> bool:
-    return tile.shape[0] % BLOCK == 0 and tile.shape[1] % BLOCK == 0
-
-
-def scale_blocks(values: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    """values [R, C] · scales [⌈R/128⌉, ⌈C/128⌉], in place."""
-    if _is_whole(values):
-        _blocks(values).mul_(scales[:, None, :, None])
-        return values
-    return values.mul_(_spread(scales, values))
-
-
-def divide_blocks(values: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    """values [R, C] / scales [⌈R/128⌉, ⌈C/128⌉] as a new tensor, by IEEE division."""
-    if _is_whole(values):
-        return (_blocks(values) / scales[:, None, :, None]).view(values.shape)
-    return values / _spread(scales, values)
-
-
-def block_amax(values: torch.Tensor) -> torch.Tensor:
-    """Largest magnitude of each block of [R, C], as [⌈R/128⌉, ⌈C/128⌉]."""
-    import torch
-
-    if not _is_whole(values):
-        down, across = scale_shape((values.shape[0], values.shape[1]))
-        pad = (0, across * BLOCK - values.shape[1], 0, down * BLOCK - values.shape[0])
-        values = torch.nn.functional.pad(values, pad)
-    return _blocks(values).abs().amax(dim=(1, 3))
-
-
-def ceil_to_power_of_two(values: torch.Tensor) -> torch.Tensor:
-    """Positive float32 values rounded up to the next power of two (normal range)."""
-    import torch
-
-    bits = values.contiguous().view(torch.int32)
-    return (((bits + 0x7F_FFFF) >> 23) << 23).view(torch.float32)
-
-
-def _blocks(values: torch.Tensor) -> torch.Tensor:
-    rows, cols = values.shape
-    return values.view(rows // BLOCK, BLOCK, cols // BLOCK, BLOCK)
-
-
-def _spread(scales: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    spread = scales.repeat_interleave(BLOCK, 0)[: like.shape[0]]
-    return spread.repeat_interleave(BLOCK, 1)[:, : like.shape[1]]

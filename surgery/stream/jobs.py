@@ -18,6 +18,7 @@ from surgery.codecs.codec import matrix_shape
 from surgery.errors import CheckpointError
 from surgery.stream.checkpoint import ComputedRef, Part, ReadContext, StoredRef, TensorRef, nonfinite
 from surgery.stream.files import StoredTensor
+from surgery.stream.fused import encoded
 from surgery.stream.targets import Shard, Target
 
 if TYPE_CHECKING:
@@ -226,7 +227,7 @@ class SlabJob:
 
 def encode(ref: TensorRef, start: int, stop: int, context: ReadContext) -> dict[str, np.ndarray[Any, Any]]:
     """Stored bytes of computed rows. Raises CheckpointError where finite values do not fit the form."""
-    raw = ref.codec.encode(ref.pull(start, stop, context))
+    raw = encoded(ref, start, stop, context)
     if not context.allow_nonfinite and not all(ref.codec.finite(key, data) for key, data in raw.items()):
         raise CheckpointError(
             f"{ref.name} would hold NaN or infinity: its values do not fit {ref.codec.name}",

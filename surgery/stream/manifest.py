@@ -31,6 +31,18 @@ def tool_versions(checkpoint: Checkpoint) -> dict[str, str]:
     return found
 
 
+def kernels_used(checkpoint: Checkpoint) -> dict[str, str]:
+    """Which arithmetic computed tensors took (it never changes a result): `path`, its `compiler`, or the
+    `reason` for going without; empty where nothing is computed."""
+    if not any(isinstance(ref, ComputedRef) for ref in checkpoint.tensors.values()):
+        return {}
+    from surgery.codecs.native import cpu
+
+    found = cpu()
+    told = {"path": found.path, "compiler": found.compiler, "reason": found.reason}
+    return {key: value for key, value in told.items() if value}
+
+
 def tool_version() -> str:
     try:
         return version(DISTRIBUTION)

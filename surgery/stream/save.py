@@ -26,7 +26,7 @@ from surgery.stream.formats import Format, apply_format
 from surgery.stream.journal import LOCK, Journal, lock, read_events
 from surgery.stream.journal import NAME as JOURNAL
 from surgery.stream.manifest import NAME as MANIFEST
-from surgery.stream.manifest import build_manifest, dump_manifest, tool_versions
+from surgery.stream.manifest import build_manifest, dump_manifest, kernels_used, tool_versions
 from surgery.stream.remote import remote_files, traffic
 from surgery.stream.source import collector_paused
 from surgery.stream.survey import Survey, check_disk, check_memory, survey
@@ -245,6 +245,7 @@ def _write(
             "threads": options.threads,
             "memory_bytes": options.memory_bytes,
             "device": "cpu",
+            "kernels": kernels_used(checkpoint),
             "resumed_shards": sorted(kept),
             **({"remote": network} if network else {}),
         },

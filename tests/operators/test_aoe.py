@@ -17,8 +17,9 @@ import torch
 from folders import change_config, change_shards, check_written, raw_file, strict_manifest
 from pydantic import ValidationError
 
+from surgery.codecs.reference import weighted_sum
 from surgery.errors import CheckpointError, PlanError, RecipeError
-from surgery.operators.merge.aoe import AssemblyOfExperts, weighted_sum
+from surgery.operators.merge.aoe import AssemblyOfExperts
 from surgery.operators.merge.distances import distances, squares
 from surgery.operators.merge.weights import Rule, weight_at
 from surgery.stream.checkpoint import Checkpoint

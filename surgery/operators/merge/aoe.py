@@ -21,9 +21,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
+from surgery.codecs.fp8_block import Fp8Block
+from surgery.codecs.operands import fusable, operand, result_dtype, stored
 from surgery.errors import CheckpointError, RecipeError, Table
 from surgery.operators.merge.compatible import check_parents, config_events, join_inputs
-from surgery.operators.merge.distances import as_json, distances, sample_distances, squares
+from surgery.operators.merge.distances import as_json, distances, sample_distances, squares, totals
 from surgery.operators.merge.weights import (
     Anchors,
     Entry,
@@ -49,24 +51,10 @@ from surgery.stream.checkpoint import (
 from surgery.stream.select import matcher
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
 Norm = Literal["rms", "relative"]
-
-
-def weighted_sum(parents: Sequence[torch.Tensor], weights: Sequence[float]) -> torch.Tensor:
-    """Σ weights[i] · parents[i] in float32, from left to right, every operation rounded by itself.
-
-    Parents of weight 0 take no part; at least one weight must not be 0.
-    """
-    total: torch.Tensor | None = None
-    for parent, weight in zip(parents, weights, strict=True):
-        if weight:
-            term = parent * weight
-            total = term if total is None else total.add_(term)
-    if total is None:
-        raise ValueError("every weight is 0")
-    return total
 
 
 @dataclass(frozen=True)
@@ -99,8 +87,29 @@ class Assembly:
         return Decision(metrics=metrics)
 
     def combine(self, tiles: Sequence[torch.Tensor]) -> tuple[torch.Tensor, Sums]:
+        from surgery.codecs.reference import weighted_sum
+
         sums = squares(tiles[0], tiles[1:]) if self.threshold == 0 else ()
         return weighted_sum(tiles, self.weights), sums
+
+    def fuse(
+        self, inputs: Sequence[StoredRef], target: ComputedRef, start: int, stop: int, context: ReadContext
+    ) -> tuple[dict[str, np.ndarray[Any, Any]], Sums] | None:
+        """By the native kernels, where there are any and they read and write these forms."""
+        if len(target.shape) < 2 or not all(fusable(ref.codec) for ref in (target, *inputs)):
+            return None
+        from surgery.codecs import native, ops
+
+        if native.cpu().library is None:
+            return None
+        operands = []
+        for ref in inputs:
+            raw = {part.key: ref.raw(part, start, stop, context) for part in ref.parts}
+            ref.check_finite(raw, context)
+            operands.append(operand(ref.codec, ref.shape, start, stop, raw))
+        dtype, ue8m0 = result_dtype(target.codec), isinstance(target.codec, Fp8Block) and target.codec.ue8m0
+        result, sums = ops.assemble(operands, self.weights, dtype, squares=self.threshold == 0, ue8m0=ue8m0)
+        return stored(target.codec, result), () if sums is None else totals(sums)
 
     def metrics(self, sums: Sums, numel: int) -> dict[str, Any]:
         return {"weights": numel, "distance": as_json(distances(sums, numel, self.labels))}

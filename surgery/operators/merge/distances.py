@@ -20,16 +20,22 @@ from surgery.stream.checkpoint import StoredRef, Sums, TensorRef
 if TYPE_CHECKING:
     import torch
 
-SMALLEST_SQUARES = 1e-30
-"""Mean square below which float32 products may have lost digits; such tiles are summed in float64."""
 SAMPLED_TENSORS = 4
 """Tensors of a layer and role that a sample looks into."""
 SAMPLED_ROWS, SAMPLED_COLUMNS = 128, 1024
 
 
 def squares(base: torch.Tensor, others: Sequence[torch.Tensor]) -> Sums:
-    """‖base‖² and ‖base − other‖² of every other, of one tile, summed in float64."""
-    return (_square_sum(base), *(_square_sum(base - other) for other in others))
+    """‖base‖² and ‖base − other‖² of every other, of one float32 tile, summed in float64."""
+    from surgery.codecs.ops import block_squares
+
+    shape = (1, base.numel()) if base.dim() < 2 else (base.shape[0], base.numel() // max(base.shape[0], 1))
+    return totals(block_squares(base.reshape(shape), [other.reshape(shape) for other in others]))
+
+
+def totals(sums: torch.Tensor) -> Sums:
+    """Sums by block [blocks, parents], added up in the order of the blocks."""
+    return tuple(float(each) for each in sums.numpy().sum(axis=0))
 
 
 def as_json(found: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float | None]]:
@@ -38,17 +44,6 @@ def as_json(found: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, flo
         label: {key: value if isfinite(value) else None for key, value in each.items()}
         for label, each in found.items()
     }
-
-
-def _square_sum(values: torch.Tensor) -> float:
-    import torch
-
-    flat = values.reshape(-1)
-    found = float((flat * flat).sum(dtype=torch.float64))
-    if SMALLEST_SQUARES * flat.numel() < found < inf or not flat.numel():
-        return found
-    wide = flat.double()
-    return float((wide * wide).sum())
 
 
 def distances(sums: Sums, numel: int, labels: Sequence[str]) -> dict[str, dict[str, float]]:

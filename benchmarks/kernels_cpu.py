@@ -1,0 +1,91 @@
+"""Speed of the CPU kernels against eager torch and a memory copy of the same run.
+
+    python benchmarks/kernels_cpu.py [--size N] [--repeat R] [--json]
+
+One object per operation: `gweights_per_s`, `ratio_to_eager` (the best eager form found, below) and
+`of_copy` (bytes that must move, against an in-place copy of a float32 matrix of that size).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+
+from surgery.codecs import native, ops, reference
+from surgery.codecs.ops import Operand
+
+
+def eager_decode(each: Operand) -> torch.Tensor:
+    """torch's own cast, then one multiplication over the blocks."""
+    assert each.scales is not None
+    return reference.scale_blocks(each.values.view(torch.float8_e4m3fn).to(torch.float32), each.scales)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--size", type=int, default=4096)
+    parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    count = options.size**2
+
+    def seconds(run: Callable[[], Any]) -> float:
+        run()
+        times = []
+        for _ in range(options.repeat):
+            start = time.perf_counter()
+            run()
+            times.append(time.perf_counter() - start)
+        return statistics.median(times)
+
+    wide = torch.randn(options.size, options.size)
+    into = torch.empty_like(wide)
+    copy = 8 * count / seconds(lambda: into.copy_(wide))
+    values = [torch.randn(options.size, options.size) * 0.02 for _ in range(2)]
+    a, b = (Operand(*reference.encode_fp8_block(each, ue8m0=False)) for each in values)
+    pa, pb = (Operand(each.bfloat16()) for each in values)
+    plain: dict[str, Any] = {"squares": False, "ue8m0": False}
+    half = (0.5, 0.5)
+    cases: list[tuple[str, int, Callable[[], Any], Callable[[], Any]]] = [
+        ("fp8 -> bf16", 3, lambda: ops.decode_fp8_block(a.values, a.scales, torch.bfloat16),
+         lambda: eager_decode(a).bfloat16()),
+        ("fp8 -> fp32", 5, lambda: ops.decode_fp8_block(a.values, a.scales, torch.float32),
+         lambda: eager_decode(a)),
+        ("fp32 -> fp8", 5, lambda: ops.encode_fp8_block(values[0]),
+         lambda: reference.encode_fp8_block(values[0], ue8m0=False)),
+        ("aoe 2 fp8", 3, lambda: ops.assemble([a, b], half, torch.uint8, **plain),
+         lambda: reference.encode_fp8_block(eager_decode(a).lerp_(eager_decode(b), 0.5), ue8m0=False)),
+        ("aoe 2 fp8 + squares", 3,
+         lambda: ops.assemble([a, b], half, torch.uint8, squares=True, ue8m0=False),
+         lambda: ops._assemble_by_reference([a, b], half, torch.uint8, True, False)),
+        ("lerp bf16", 6, lambda: ops.assemble([pa, pb], half, torch.bfloat16, **plain),
+         lambda: torch.lerp(pa.values, pb.values, 0.5)),
+    ]  # fmt: skip
+    found = native.cpu()
+    if not options.json:
+        print(
+            f"{found.path}, {found.compiler}, {torch.get_num_threads()} threads, copy {copy / 1e9:.1f} GB/s"
+        )
+    for op, nbytes, run, eager in cases:
+        ours, theirs = seconds(run), seconds(eager)
+        row = {
+            "op": op,
+            "gweights_per_s": round(count / ours / 1e9, 3),
+            "ratio_to_eager": round(theirs / ours, 2),
+            "of_copy": round(nbytes * count / ours / copy, 3),
+        }
+        print(json.dumps(row) if options.json else "  ".join(f"{key} {value}" for key, value in row.items()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,239 @@
+"""Build, check and time the CUDA kernels in one command, on a machine with a CUDA GPU.
+
+    python benchmarks/kernels_gpu.py [--size N] [--json FILE] [--small]
+
+Checks each kernel against the CPU kernels and the torch reference to the last bit (sums of squares to
+1e-12), on random, ragged and extreme inputs and on all codes; times them on [N, N] matrices, several times
+the L2, against a device copy of the same run, eager torch and a Triton kernel; then runs itself under
+compute-sanitizer where that is there (`--small` is what it runs).
+
+Times are medians by device events; GB/s are bytes that must move.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+import triton
+import triton.language as tl
+
+from surgery.codecs import native, ops, reference
+from surgery.codecs.ops import Operand
+
+SHAPES = [(1, 1), (1, 300), (128, 128), (129, 127), (192, 256), (300, 144), (640, 384), (1000, 1040)]
+MAGNITUDES = (1.0, 0.02, 1e-30, 1e30, 1e-38, 1e-42)
+
+
+@triton.jit
+def triton_decode(codes, scales, out, cols, across, BLOCK: tl.constexpr):
+    row, col = tl.program_id(1), tl.program_id(0)
+    r = row * BLOCK + tl.arange(0, BLOCK)
+    c = col * BLOCK + tl.arange(0, BLOCK)
+    at = r.to(tl.int64)[:, None] * cols + c[None, :]
+    scale = tl.load(scales + row * across + col)
+    values = tl.load(codes + at).to(tl.float32) * scale
+    tl.store(out + at, values.to(tl.bfloat16))
+
+
+def same(a: torch.Tensor, b: torch.Tensor, what: str) -> None:
+    a, b = a.cpu(), b.cpu()
+    if a.is_floating_point():
+        assert torch.equal(a.isnan(), b.isnan()), f"{what}: NaN elsewhere"
+        a, b = a.nan_to_num(0.0), b.nan_to_num(0.0)
+        ints = {torch.float32: torch.int32, torch.bfloat16: torch.int16}[a.dtype]
+        a, b = a.view(ints), b.view(ints)
+    assert torch.equal(a, b), f"{what}: {int((a != b).sum())} of {a.numel()} differ"
+
+
+def check_sums(
+    values: list[torch.Tensor], coded: list[tuple[torch.Tensor, torch.Tensor]], ue8m0: bool, broken: bool
+) -> int:
+    """Weighted sums of FP8, mixed and bf16 parents."""
+    done = 0
+    parents = [Operand(*each) for each in coded]
+    mixed = [parents[0], Operand(values[1].bfloat16()), Operand(values[2])]
+    plain = [Operand(v.bfloat16()) for v in values]
+    for group in (parents, mixed, plain):
+        host = [Operand(p.values.cpu(), None if p.scales is None else p.scales.cpu()) for p in group]
+        for dtype in (torch.uint8, torch.bfloat16, torch.float32):
+            for weights in ([0.5, 0.3, 0.2], [0.0, 0.3, 0.7]):
+                for squares in (False, True):
+                    options = {"squares": squares, "ue8m0": ue8m0}
+                    got, sums = ops.assemble(group, weights, dtype, **options)
+                    want_out, want_sums = ops.assemble(host, weights, dtype, **options)
+                    same(got.values, want_out.values, f"assemble {tuple(values[0].shape)} {dtype}")
+                    if squares and not broken:
+                        torch.testing.assert_close(sums.cpu(), want_sums, rtol=1e-12, atol=0)
+                    done += 1
+    return done
+
+
+def check() -> int:
+    """Raises AssertionError at the first difference; returns the number of comparisons."""
+    done = 0
+    for shape in SHAPES:
+        for magnitude in MAGNITUDES:
+            values = [torch.randn(shape, device="cuda") * magnitude for _ in range(3)]
+            values[0].view(-1)[0] = -0.0
+            for broken in (False, True):
+                if broken:
+                    flat = values[0].view(-1)
+                    flat[-1] = torch.nan
+                    flat[flat.numel() // 2] = torch.inf
+                for ue8m0 in (False, True):
+                    coded = [ops.encode_fp8_block(v, ue8m0=ue8m0) for v in values]
+                    for v, (codes, scales) in zip(values, coded, strict=True):
+                        want = reference.encode_fp8_block(v.cpu(), ue8m0=ue8m0)
+                        same(codes, want[0], f"encode {shape} {magnitude} {ue8m0}")
+                        same(scales, want[1], f"scales {shape} {magnitude} {ue8m0}")
+                        for dtype in (torch.float32, torch.bfloat16):
+                            found = ops.decode_fp8_block(codes, scales, dtype)
+                            same(
+                                found, reference.decode_fp8_block(codes.cpu(), scales.cpu(), dtype), "decode"
+                            )
+                        done += 4
+                    done += check_sums(values, coded, ue8m0, broken)
+    return done
+
+
+def check_all_codes() -> int:
+    """Every code and every bf16 value, at scales of all sizes."""
+    done = 0
+    codes = torch.arange(256, dtype=torch.uint8).repeat(128, 1)[:, :128].contiguous()
+    codes = torch.cat([codes, 128 + codes], dim=1)
+    for scale in (1.0, 0.1, 2.0**-120, 3e-42, 1e35):
+        scales = torch.full((1, 2), scale)
+        for dtype in (torch.float32, torch.bfloat16):
+            found = ops.decode_fp8_block(codes.cuda(), scales.cuda(), dtype)
+            same(found, reference.decode_fp8_block(codes, scales, dtype), "all codes")
+            done += 1
+    every = torch.arange(65536, dtype=torch.int32).to(torch.int16).view(torch.bfloat16).view(512, 128)
+    for factor in (1.0, 1e-3, 7.7, 1e-30):
+        wide = every.float() * factor
+        got, want = ops.encode_fp8_block(wide.cuda()), reference.encode_fp8_block(wide, ue8m0=False)
+        same(got[0], want[0], "all bf16"), same(got[1], want[1], "all bf16 scales")
+        done += 2
+    return done
+
+
+def median_ms(run: Callable[[], Any]) -> float:
+    return float(triton.testing.do_bench(run, warmup=30, rep=150, return_mode="median"))
+
+
+def bench(size: int) -> list[dict[str, Any]]:
+    weights = size * size
+    device = "cuda"
+    a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) * 0.02 for _ in range(2))
+    big = torch.empty(weights * 4, dtype=torch.uint8, device=device).random_(0, 255)
+    into = torch.empty_like(big)
+    copy = 2 * big.numel() / median_ms(lambda: into.copy_(big)) / 1e6
+    fa, fb = (Operand(*ops.encode_fp8_block(each)) for each in (a, b))
+    pa, pb = Operand(a), Operand(b)
+    rows: list[dict[str, Any]] = [{"op": "copy", "gbps": copy, "of_copy": 1.0}]
+
+    def row(op: str, nbytes: float, run: Callable[[], Any]) -> None:
+        run()
+        ms = [median_ms(run) for _ in range(2)]
+        gbps = nbytes * weights / min(ms) / 1e6
+        rows.append(
+            {
+                "op": op,
+                "ms": ms,
+                "gbps": gbps,
+                "of_copy": gbps / copy,
+                "gweights_per_s": weights / min(ms) / 1e6,
+            }
+        )
+
+    half = [0.5, 0.5]
+    plain = {"squares": False, "ue8m0": False}
+    row("fp8 -> bf16", 3, lambda: ops.decode_fp8_block(fa.values, fa.scales, torch.bfloat16))
+    row("fp8 -> fp32", 5, lambda: ops.decode_fp8_block(fa.values, fa.scales, torch.float32))
+    row("bf16 -> fp8", 3, lambda: ops.encode_fp8_block(a))
+    row("aoe 2 fp8", 3, lambda: ops.assemble([fa, fb], half, torch.uint8, **plain))
+    row(
+        "aoe 2 fp8 + squares", 3, lambda: ops.assemble([fa, fb], half, torch.uint8, squares=True, ue8m0=False)
+    )
+    row("aoe fp8 + bf16 -> fp8", 4, lambda: ops.assemble([fa, pb], half, torch.uint8, **plain))
+    row("lerp bf16", 6, lambda: ops.assemble([pa, pb], half, torch.bfloat16, **plain))
+    out = torch.empty_like(a)
+    grid = (size // 128, size // 128)
+    e4m3 = fa.values.view(torch.float8_e4m3fn)
+    row(
+        "fp8 -> bf16, Triton",
+        3,
+        lambda: triton_decode[grid](e4m3, fa.scales, out, size, size // 128, BLOCK=128),
+    )
+
+    def eager(each: Operand) -> torch.Tensor:
+        wide = each.values.view(torch.float8_e4m3fn).to(torch.float32)
+        return reference.scale_blocks(wide, each.scales)
+
+    row("fp8 -> bf16, eager", 3, lambda: eager(fa).bfloat16())
+    row("bf16 -> fp8, eager", 3, lambda: reference.encode_fp8_block(a, ue8m0=False))
+    row("aoe 2 fp8, eager", 3,
+        lambda: reference.encode_fp8_block(eager(fa).lerp_(eager(fb), 0.5), ue8m0=False))  # fmt: skip
+    row("lerp bf16, eager", 6, lambda: torch.lerp(a, b, 0.5))
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--size", type=int, default=32768)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--small", action="store_true", help="a few launches only, for compute-sanitizer")
+    options = parser.parse_args()
+    torch.manual_seed(int(time.time()))
+    start = time.perf_counter()
+    found = native.cuda(torch.cuda.get_device_capability())
+    print(
+        torch.cuda.get_device_name(),
+        torch.__version__,
+        found.path,
+        found.compiler,
+        found.reason,
+        native.cpu(),
+    )
+    print(f"built in {time.perf_counter() - start:.1f} s", flush=True)
+    assert found.library is not None, found.reason
+    if options.small:
+        for shape in SHAPES:
+            values = torch.randn(shape, device="cuda")
+            coded = Operand(*ops.encode_fp8_block(values))
+            ops.decode_fp8_block(coded.values, coded.scales, torch.bfloat16)
+            ops.assemble([coded, Operand(values)], [0.5, 0.5], torch.uint8, squares=True, ue8m0=False)
+        torch.cuda.synchronize()
+        return
+    print(
+        f"{check() + check_all_codes()} comparisons equal after {time.perf_counter() - start:.1f} s",
+        flush=True,
+    )
+    rows = bench(options.size)
+    for each in rows:
+        ms = " ".join(f"{m:8.3f}" for m in each.get("ms", ()))
+        print(
+            f"{each['op']:24} {each['gbps']:8.0f} GB/s  {100 * each['of_copy']:5.1f} % of the copy  {ms} ms"
+        )
+    if options.json:
+        options.json.write_text(json.dumps({"device": torch.cuda.get_device_name(), "rows": rows}, indent=1))
+    sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+    if Path(sanitizer).is_file():
+        command = [sanitizer, "--error-exitcode=9", sys.executable, __file__, "--small"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+        print("compute-sanitizer:", done.returncode, (done.stdout + done.stderr)[-300:])
+    print(f"all in {time.perf_counter() - start:.1f} s")
+
+
+if __name__ == "__main__":
+    main()

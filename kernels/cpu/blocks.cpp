@@ -1,0 +1,157 @@
+// See blocks.h. Built with -ffp-contract=off: every product and sum is rounded by itself. The squares
+// are exact in float64 (24 + 24 bits), so that their sums depend on the order alone: down each
+// column of a block, then halves onto halves.
+#include "blocks.h"
+
+#include "../core/e4m3.h"
+
+using namespace surgery;
+
+namespace {
+
+template <int WIDTH>
+inline __attribute__((always_inline)) void decode_run(const uint8_t* codes, float scale, void* out,
+                                                      int32_t kind, int64_t at, int width) {
+    const int n = WIDTH ? WIDTH : width;
+    if (kind == BF16) {
+        uint16_t* __restrict to = (uint16_t*)out + at;
+#pragma GCC ivdep
+        for (int c = 0; c < n; ++c) to[c] = float_to_bf16(e4m3_to_float(codes[c]) * scale);
+    } else {
+        float* __restrict to = (float*)out + at;
+#pragma GCC ivdep
+        for (int c = 0; c < n; ++c) to[c] = e4m3_to_float(codes[c]) * scale;
+    }
+}
+
+void decode(const uint8_t* codes, const float* scales, void* out, int32_t kind, int64_t cols, int64_t first,
+            int64_t last) {
+    const int64_t across = (cols + BLOCK - 1) / BLOCK;
+    for (int64_t row = first; row < last; ++row) {
+        for (int64_t b = 0; b < across; ++b) {
+            const int64_t at = row * cols + b * BLOCK;
+            const float scale = scales[row / BLOCK * across + b];
+            const int64_t left = cols - b * BLOCK;
+            if (left >= BLOCK)
+                decode_run<BLOCK>(codes + at, scale, out, kind, at, BLOCK);
+            else
+                decode_run<0>(codes + at, scale, out, kind, at, (int)left);
+        }
+    }
+}
+
+template <int WIDTH>
+inline __attribute__((always_inline)) void load_run(const void* parent, int32_t kind, float scale, int64_t at,
+                                                    int width, float* __restrict to) {
+    const int n = WIDTH ? WIDTH : width;
+    if (kind == FP8_BLOCK) {
+        const uint8_t* from = (const uint8_t*)parent + at;
+#pragma GCC ivdep
+        for (int c = 0; c < n; ++c) to[c] = e4m3_to_float(from[c]) * scale;
+    } else if (kind == BF16) {
+        const uint16_t* from = (const uint16_t*)parent + at;
+#pragma GCC ivdep
+        for (int c = 0; c < n; ++c) to[c] = bf16_to_float(from[c]);
+    } else {
+        const float* from = (const float*)parent + at;
+#pragma GCC ivdep
+        for (int c = 0; c < n; ++c) to[c] = from[c];
+    }
+}
+
+template <int WIDTH>
+void combine_block(const Combine& job, int64_t block, int height, int width, int64_t corner, double* lanes,
+                   float* tile) {
+    const int n = WIDTH ? WIDTH : width;
+    alignas(64) float base[BLOCK], other[BLOCK];
+    int32_t amax = 0;
+    if (job.sums) memset(lanes, 0, sizeof(double) * BLOCK * job.count);
+    for (int r = 0; r < height; ++r) {
+        const int64_t at = corner + r * job.cols;
+        float* __restrict total = tile + (job.out_kind == FP8_BLOCK ? r * BLOCK : 0);
+        bool begun = false;
+        for (int32_t i = 0; i < job.count; ++i) {
+            const float weight = job.weights[i];
+            if (!job.sums && weight == 0.0f) continue;
+            const float scale = job.kinds[i] == FP8_BLOCK ? job.scales[i][block] : 1.0f;
+            float* value = i ? other : base;
+            load_run<WIDTH>(job.parents[i], job.kinds[i], scale, at, width, value);
+            if (job.sums) {
+                double* __restrict lane = lanes + i * BLOCK;
+                if (i)
+#pragma GCC ivdep
+                    for (int c = 0; c < n; ++c) {
+                        const double gap = (double)(base[c] - other[c]);
+                        lane[c] += gap * gap;
+                    }
+                else
+#pragma GCC ivdep
+                    for (int c = 0; c < n; ++c) lane[c] += (double)base[c] * (double)base[c];
+            }
+            if (weight == 0.0f || !job.out) continue;
+            if (begun)
+#pragma GCC ivdep
+                for (int c = 0; c < n; ++c) total[c] += value[c] * weight;
+            else
+#pragma GCC ivdep
+                for (int c = 0; c < n; ++c) total[c] = value[c] * weight;
+            begun = true;
+        }
+        if (!job.out) continue;
+        if (job.out_kind == FP8_BLOCK) {
+#pragma GCC ivdep
+            for (int c = 0; c < n; ++c) {
+                const int32_t magnitude = finite_magnitude(total[c]);
+                amax = magnitude > amax ? magnitude : amax;
+            }
+        } else if (job.out_kind == BF16) {
+            uint16_t* __restrict to = (uint16_t*)job.out + at;
+#pragma GCC ivdep
+            for (int c = 0; c < n; ++c) to[c] = float_to_bf16(total[c]);
+        } else {
+            memcpy((float*)job.out + at, total, sizeof(float) * n);
+        }
+    }
+    if (job.out && job.out_kind == FP8_BLOCK) {
+        const float scale = block_scale(float_of((uint32_t)amax), job.ue8m0);
+        job.out_scales[block] = scale;
+        for (int r = 0; r < height; ++r) {
+            uint8_t* __restrict to = (uint8_t*)job.out + corner + r * job.cols;
+            const float* from = tile + r * BLOCK;
+#pragma GCC ivdep
+            for (int c = 0; c < n; ++c) to[c] = float_to_e4m3(from[c] / scale);
+        }
+    }
+    if (job.sums) {
+        for (int32_t i = 0; i < job.count; ++i) {
+            double* lane = lanes + i * BLOCK;
+            for (int half = BLOCK / 2; half; half /= 2)
+                for (int c = 0; c < half; ++c) lane[c] += lane[c + half];
+            job.sums[block * job.count + i] = lane[0];
+        }
+    }
+}
+
+void combine(const Combine* job, int64_t first, int64_t last) {
+    const int64_t across = (job->cols + BLOCK - 1) / BLOCK;
+    float* tile = new float[BLOCK * BLOCK];
+    double* lanes = new double[BLOCK * job->count];
+    for (int64_t block = first; block < last; ++block) {
+        const int64_t row = block / across * BLOCK, col = block % across * BLOCK;
+        const int height = (int)(job->rows - row < BLOCK ? job->rows - row : BLOCK);
+        const int width = (int)(job->cols - col < BLOCK ? job->cols - col : BLOCK);
+        const int64_t corner = row * job->cols + col;
+        if (width == BLOCK)
+            combine_block<BLOCK>(*job, block, height, width, corner, lanes, tile);
+        else
+            combine_block<0>(*job, block, height, width, corner, lanes, tile);
+    }
+    delete[] lanes;
+    delete[] tile;
+}
+
+}  // namespace
+
+extern "C" {
+extern const Loops SURGERY_LOOPS = {decode, combine};
+}

@@ -1,0 +1,28 @@
+// The loops over one run of rows or blocks, compiled once for each instruction set.
+#pragma once
+#include <stdint.h>
+
+// Parents of a weighted sum and where it goes. Matrices are [rows, cols], row-major; scales and
+// sums lie by 128 x 128 block, [ceil(rows/128), ceil(cols/128)] and [blocks, count].
+struct Combine {
+    const void* const* parents;
+    const int32_t* kinds;
+    const float* const* scales;
+    const float* weights;
+    int32_t count;
+    void* out;          // null: only the sums
+    int32_t out_kind;
+    float* out_scales;  // FP8 blocks only
+    double* sums;       // null: none; else |p0|^2, |p0 - p1|^2, ...
+    int64_t rows, cols;
+    int32_t ue8m0;
+};
+
+struct Loops {
+    void (*decode)(const uint8_t*, const float*, void*, int32_t, int64_t, int64_t, int64_t);
+    void (*combine)(const Combine*, int64_t, int64_t);
+};
+
+extern "C" {
+extern const Loops surgery_loops_portable, surgery_loops_avx2, surgery_loops_avx512;
+}

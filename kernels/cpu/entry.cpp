@@ -1,0 +1,64 @@
+// The C interface: picks the loops for this processor and shares the work out to threads. Rows and
+// blocks are independent of one another, so that results do not depend on the number of threads.
+#include <thread>
+#include <vector>
+
+#include "blocks.h"
+
+namespace {
+
+const Loops& loops() {
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
+        return surgery_loops_avx512;
+    if (__builtin_cpu_supports("avx2")) return surgery_loops_avx2;
+#endif
+    return surgery_loops_portable;
+}
+
+template <typename Work>
+void share(int64_t items, int32_t threads, Work work) {
+    if (threads > items) threads = (int32_t)items;
+    if (threads <= 1) {
+        work((int64_t)0, items);
+        return;
+    }
+    std::vector<std::thread> others;
+    for (int32_t t = 1; t < threads; ++t)
+        others.emplace_back(work, items * t / threads, items * (t + 1) / threads);
+    work((int64_t)0, items / threads);
+    for (auto& other : others) other.join();
+}
+
+}  // namespace
+
+extern "C" {
+
+const char* surgery_cpu_isa() {
+    const Loops* found = &loops();
+    if (found == &surgery_loops_portable) return "portable";
+#if defined(__x86_64__)
+    if (found == &surgery_loops_avx512) return "avx512";
+#endif
+    return "avx2";
+}
+
+int32_t surgery_cpu_decode(const Loops* chosen, const uint8_t* codes, const float* scales, void* out,
+                           int32_t kind, int64_t rows, int64_t cols, int32_t threads) {
+    const Loops& use = chosen ? *chosen : loops();
+    share(rows, threads, [&use, codes, scales, out, kind, cols](int64_t first, int64_t last) {
+        use.decode(codes, scales, out, kind, cols, first, last);
+    });
+    return 0;
+}
+
+int32_t surgery_cpu_combine(const Loops* chosen, const Combine* job, int32_t threads) {
+    const Loops& use = chosen ? *chosen : loops();
+    const int64_t blocks = (job->rows + 127) / 128 * ((job->cols + 127) / 128);
+    share(blocks, threads, [&use, job](int64_t first, int64_t last) { use.combine(job, first, last); });
+    return 0;
+}
+
+}
