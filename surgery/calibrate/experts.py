@@ -41,26 +41,29 @@ AHEAD = 2
 class Routing:
     """The router's choice for the tokens of one batch, sorted for the experts.
 
-    index, weights: [tokens, k], the experts chosen and the final gate values. `order` [entries] holds flat
-    positions rank · tokens + token of the entries that count (no padding), sorted by expert, then by rank of
-    choice, then by token; `counts` has the entries of each expert.
+    index, weights: [tokens, k], the experts chosen and the final gate values. An entry is a token with one
+    of its choices; those that count (no padding) are sorted by expert, then by rank of choice, then by
+    token. `order` [entries] holds their positions rank · tokens + token, `tokens` and `gates` [entries] the
+    token and the gate value of each; `counts` has the entries of each expert.
     """
 
     index: torch.Tensor
     weights: torch.Tensor
     order: torch.Tensor
+    tokens: torch.Tensor
+    gates: torch.Tensor
     counts: list[int]
 
     @property
-    def num_tokens(self) -> int:
-        return self.index.shape[0]
+    def num_entries(self) -> int:
+        return self.order.shape[0]
 
-    def entries(self) -> Iterator[tuple[int, torch.Tensor]]:
-        """(expert, its part of `order`) for every expert that was chosen."""
+    def places(self) -> Iterator[tuple[int, slice]]:
+        """(expert, where its entries stand) for every expert that was chosen."""
         begin = 0
         for expert, count in enumerate(self.counts):
             if count:
-                yield expert, self.order[begin : begin + count]
+                yield expert, slice(begin, begin + count)
             begin += count
 
 
@@ -73,7 +76,8 @@ def sort_routing(
         flat = torch.where(valid.repeat(index.shape[1]), flat, num_experts)
     order = torch.sort(flat, stable=True).indices
     counts = torch.bincount(flat, minlength=num_experts + 1)[:num_experts].tolist()
-    return Routing(index, weights, order[: sum(counts)], counts)
+    order = order[: sum(counts)]
+    return Routing(index, weights, order, order % index.shape[0], weights.t().reshape(-1)[order], counts)
 
 
 class ExpertObserver(Protocol):
@@ -83,10 +87,10 @@ class ExpertObserver(Protocol):
         """Called before the experts of a batch run."""
 
     def expert(
-        self, expert: int, entries: torch.Tensor, inputs: torch.Tensor, inner: torch.Tensor, out: torch.Tensor
+        self, expert: int, place: slice, inputs: torch.Tensor, inner: torch.Tensor, out: torch.Tensor
     ) -> None:
-        """One expert's tokens: its part of the routing's order, inputs [n, hidden], what goes into the down
-        projection [n, intermediate], and outputs [n, hidden] before the gate value."""
+        """One expert's tokens: where its entries stand in the routing, inputs [n, hidden], what goes into the
+        down projection [n, intermediate], and outputs [n, hidden] before the gate value."""
 
     def combined(self, routing: Routing, out: torch.Tensor) -> None:
         """Called with the weighted sum of the routed experts, [tokens, hidden]."""
@@ -174,7 +178,12 @@ class ExpertBank:
     def _stream_there(
         self, experts: Sequence[int], pool: ThreadPoolExecutor
     ) -> Iterator[tuple[int, ExpertWeights]]:
-        """Copies run on a stream of their own, `AHEAD` experts in front of the computation."""
+        """Copies run on a stream of their own, `AHEAD` experts in front of the computation. Once all experts
+        are kept on the device there is nothing to copy."""
+        if self.keep == "device" and all(expert in self._kept for expert in experts):
+            for expert in experts:
+                yield expert, self._weights(self._kept[expert])
+            return
         side = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
         fetching: dict[int, Future[_Carried]] = {}
         copied: dict[int, tuple[_Carried, torch.cuda.Event]] = {}
@@ -285,43 +294,40 @@ class RoutedExperts:
 
     def _alone(self, hidden: torch.Tensor, routing: Routing) -> torch.Tensor:
         out = torch.zeros_like(hidden)
-        for token, _, weighted in self._outputs(hidden, routing):
-            _add_rows(out, token, weighted)
+        for place, weighted in self._outputs(hidden, routing):
+            _add_rows(out, routing.tokens[place], weighted)
         return out
 
     def _exchanged(self, hidden: torch.Tensor, routing: Routing) -> torch.Tensor:
         """Every entry has one rank that computes it, so the sum over ranks is exact, -0 aside."""
-        gathered = hidden.new_zeros(routing.index.numel(), hidden.shape[1])
-        for _, entries, weighted in self._outputs(hidden, routing):
-            gathered[entries] = weighted
+        gathered = hidden.new_zeros(routing.num_entries, hidden.shape[1])
+        for place, weighted in self._outputs(hidden, routing):
+            gathered[place] = weighted
         self.ranks.add_up(gathered)
         out = torch.zeros_like(hidden)
-        for _, entries in routing.entries():
-            _add_rows(out, entries % routing.num_tokens, gathered[entries])
+        for _, place in routing.places():
+            _add_rows(out, routing.tokens[place], gathered[place])
         return out
 
-    def _outputs(
-        self, hidden: torch.Tensor, routing: Routing
-    ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-        """(tokens, entries, weighted outputs) of each expert of this rank."""
+    def _outputs(self, hidden: torch.Tensor, routing: Routing) -> Iterator[tuple[slice, torch.Tensor]]:
+        """(where the entries stand, their weighted outputs) of each expert of this rank."""
         mine = {
-            expert: entries
-            for expert, entries in routing.entries()
+            expert: place
+            for expert, place in routing.places()
             if expert % self.ranks.count == self.ranks.index
         }
-        gates = routing.weights.t().reshape(-1)
+        gates = routing.gates[:, None]
         module = self.bank.module
         for expert, weights in self.bank.stream(list(mine)):
-            entries = mine[expert]
-            token = entries % routing.num_tokens
-            inputs = hidden[token]
+            place = mine[expert]
+            inputs = hidden[routing.tokens[place]]
             inner = module._apply_gate(
                 _project(inputs, weights.gate_up, weights.gate_up_bias, module.is_transposed)
             )
             out = _project(inner, weights.down, weights.down_bias, module.is_transposed)
             for observer in self.observers:
-                observer.expert(expert, entries, inputs, inner, out)
-            yield token, entries, (out * gates[entries, None]).to(hidden.dtype)
+                observer.expert(expert, place, inputs, inner, out)
+            yield place, (out * gates[place]).to(hidden.dtype)
 
 
 def _add_rows(out: torch.Tensor, rows: torch.Tensor, values: torch.Tensor) -> None:

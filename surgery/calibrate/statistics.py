@@ -133,14 +133,14 @@ class LayerStatistics:
         self._domain = batch.domain
 
     def routed(self, routing: Routing) -> None:
-        self._norms = routing.weights.new_zeros(routing.index.numel(), dtype=_float32())
+        self._norms = routing.weights.new_zeros(routing.num_entries, dtype=_float32())
 
     def expert(
-        self, expert: int, entries: torch.Tensor, inputs: torch.Tensor, inner: torch.Tensor, out: torch.Tensor
+        self, expert: int, place: slice, inputs: torch.Tensor, inner: torch.Tensor, out: torch.Tensor
     ) -> None:
         if self._norms is None:
             raise TypeError("an expert ran before the routing was known")
-        self._norms[entries] = row_norms(out)
+        self._norms[place] = row_norms(out)
 
     def combined(self, routing: Routing, out: torch.Tensor) -> None:
         norms, residual = self._norms, self._residual
@@ -148,17 +148,15 @@ class LayerStatistics:
             raise TypeError(f"{self._norm} did not run in front of the experts of layer {self._layer}")
         self._ranks.add_up(norms)
         weight = token_contributions(residual, out)
-        order = routing.order
-        norm = norms[order]
-        gate = routing.weights.t().reshape(-1)[order].float()
-        token = weight[order % routing.num_tokens]
-        product = gate * norm
-        columns = (gate, gate.square(), norm, norm.square(), product, product * token)
+        gate = routing.gates.float()
+        product = gate * norms
+        token = weight[routing.tokens]
+        columns = (gate, gate.square(), norms, norms.square(), product, product * token)
         table = self.sums[self._domain]
         counts = np.array(routing.counts, np.float64)
         table[0] += counts
         table[1:-1] += _by_expert(columns, routing.counts, "sum")
-        table[-1] = np.maximum(table[-1], _by_expert((norm,), routing.counts, "max")[0])
+        table[-1] = np.maximum(table[-1], _by_expert((norms,), routing.counts, "max")[0])
         if not np.isfinite(table).all():
             raise CheckpointError(
                 f"layer {self._layer}: an expert's output or its gate is NaN or infinity",

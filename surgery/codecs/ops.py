@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
@@ -37,10 +38,15 @@ class Operand:
 def library_for(tensor: torch.Tensor) -> native.Native:
     """The native library that serves this tensor's device."""
     if tensor.device.type == "cuda":
-        return native.cuda(torch.cuda.get_device_capability(tensor.device))
+        return native.cuda(_capability(tensor.device))
     if tensor.device.type == "cpu":
         return native.cpu()
     return native.Native(None, "reference")
+
+
+@lru_cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
 
 
 def scale_shape(shape: Sequence[int]) -> tuple[int, int]:

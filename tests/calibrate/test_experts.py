@@ -33,7 +33,7 @@ def test_routing_is_sorted_by_expert_rank_and_token(
     )  # fmt: skip
     assert routing.order.tolist() == [rank * tokens + token for _, rank, token in expected]
     assert routing.counts == [sum(e == expert for e, _, _ in expected) for expert in range(experts)]
-    parts = dict(routing.entries())
+    parts = {expert: routing.order[place] for expert, place in routing.places()}
     assert list(parts) == sorted({expert for expert, _, _ in expected})
     assert sum(len(part) for part in parts.values()) == len(expected)
 
@@ -48,10 +48,10 @@ class Watching:
     def routed(self, routing: Routing) -> None:
         self.seen.clear()
 
-    def expert(self, expert: int, entries: torch.Tensor, *seen: torch.Tensor) -> None:
+    def expert(self, expert: int, place: slice, *seen: torch.Tensor) -> None:
         inputs, inner, out = seen
-        assert inputs.shape[0] == inner.shape[0] == out.shape[0] == len(entries)
-        self.seen.append((expert, len(entries)))
+        assert inputs.shape[0] == inner.shape[0] == out.shape[0] == place.stop - place.start
+        self.seen.append((expert, place.stop - place.start))
 
     def combined(self, routing: Routing, out: torch.Tensor) -> None:
         self.out = out
