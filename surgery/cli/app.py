@@ -12,7 +12,18 @@ from collections.abc import Sequence
 
 import typer
 
-from surgery.cli import demo, doctor, evaluate, kernels, look, prune, publish, recipes, run
+from surgery.cli import (
+    convert,
+    demo,
+    doctor,
+    evaluate,
+    kernels,
+    look,
+    prune,
+    publish,
+    recipes,
+    run,
+)
 from surgery.cli.render import Output
 from surgery.errors import InterruptedRun, SurgeryError
 
@@ -31,6 +42,7 @@ evaluate.register(app)
 demo.register(app)
 publish.register(app)
 recipes.register(app)
+convert.register(app)
 doctor.register(app)
 kernels.register(app)
 

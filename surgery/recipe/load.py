@@ -1,4 +1,5 @@
-"""Load a recipe: from a file, by the name of a shipped one, from text, or from plain data.
+"""Load a recipe: from a file, by the name of a shipped one, from text, or from plain data. A file of
+mergekit's is read as the recipe that does the same.
 
 Whatever is wrong is told at once, as file:line:column with a suggestion (RecipeError, exit code 3).
 """
@@ -13,6 +14,7 @@ from typing import Any
 from surgery.errors import RecipeError
 from surgery.recipe.document import MAX_CHARS, Document, line_and_column, parse_document
 from surgery.recipe.faults import check_recipe
+from surgery.recipe.mergekit import from_mergekit, is_mergekit
 from surgery.recipe.overrides import apply_override
 from surgery.recipe.problems import DocPath, Places, Position, Problem, suggest
 from surgery.recipe.schema import Recipe
@@ -86,6 +88,8 @@ def _checked(document: Document, overrides: Sequence[str]) -> LoadedRecipe:
     if not isinstance(document.data, dict):
         problem = Problem((), "a recipe is a mapping with the keys parents, steps and output")
         raise document.places.error([*document.problems, problem])
+    if is_mergekit(document.data):
+        document = from_mergekit(document)
     for override in overrides:
         apply_override(document, override)
     recipe, problems = check_recipe(document.data, document.places)

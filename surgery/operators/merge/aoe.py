@@ -23,8 +23,14 @@ from pydantic import Field, ValidationInfo, field_validator
 
 from surgery.codecs.fp8_block import Fp8Block
 from surgery.codecs.operands import fusable, operand, result_dtype, stored
-from surgery.errors import CheckpointError, RecipeError, Table
-from surgery.operators.merge.compatible import check_parents, config_events, join_inputs
+from surgery.errors import RecipeError
+from surgery.operators.merge.compatible import (
+    check_decodable,
+    check_parents,
+    config_events,
+    equal_bytes,
+    join_inputs,
+)
 from surgery.operators.merge.distances import as_json, distances, sample_distances, squares, totals
 from surgery.operators.merge.weights import (
     Anchors,
@@ -68,7 +74,7 @@ class Assembly:
 
     def decide(self, inputs: Sequence[TensorRef], context: ReadContext) -> Decision:
         if self.threshold == 0:
-            if _equal_bytes(inputs, context):
+            if equal_bytes(inputs, context):
                 return Decision(0, "parents are equal", self.metrics((0.0,) * len(inputs), inputs[0].numel))
             return Decision()
         totals = [0.0] * len(inputs)
@@ -116,22 +122,6 @@ class Assembly:
 
     def lineage(self) -> dict[str, Any]:
         return {"op": AssemblyOfExperts.op, "weights": list(self.weights), "threshold": self.threshold}
-
-
-def _equal_bytes(inputs: Sequence[TensorRef], context: ReadContext) -> bool:
-    """Whether stored inputs are the same byte for byte; stops at the first tile that differs."""
-    import numpy as np
-
-    base = inputs[0]
-    if not all(isinstance(ref, StoredRef) and ref.same_form(base) for ref in inputs):
-        return False
-    stored = [ref for ref in inputs if isinstance(ref, StoredRef)]
-    for start, stop in base.tiles():
-        for place in range(len(base.parts)):
-            first, *rest = (ref.raw(ref.parts[place], start, stop, context) for ref in stored)
-            if not all(np.array_equal(other, first) for other in rest):
-                return False
-    return True
 
 
 class AssemblyOfExperts(Operator):
@@ -262,11 +252,11 @@ class AssemblyOfExperts(Operator):
         if threshold == 0 and len(donors) == 1 and vector[self.base] == 0:
             if donor.same_form(base):
                 return donor
-            _check_decodable((base, donor))
+            check_decodable((base, donor))
             converted.append(name)
             return recode(donor, base.codec, base.parts)
         refs = (base, *(parents[parent].tensors[name] for parent in donors))
-        _check_decodable(refs)
+        check_decodable(refs)
         if any(not ref.same_form(base) for ref in refs):
             converted.append(name)
         labels = tuple(parents[parent].label for parent in donors)
@@ -293,14 +283,3 @@ class AssemblyOfExperts(Operator):
             )  # fmt: skip
             probes.extend(sample_distances(pairs, parent.label))
         return tuple(probes)
-
-
-def _check_decodable(refs: Sequence[TensorRef]) -> None:
-    """Refuse arithmetic on forms that can only be copied."""
-    stuck = [ref for ref in refs if not ref.codec.decodable]
-    if stuck:
-        raise CheckpointError(
-            f"{stuck[0].name} is stored as {stuck[0].codec.name}, which can be copied but not computed with",
-            hint="give it a weight of 0 or 1 and no threshold, or start from a bf16 or FP8 checkpoint",
-            table=Table(("tensor", "stored as"), tuple((ref.name, ref.codec.name) for ref in stuck)),
-        )

@@ -1,4 +1,5 @@
-"""Whether parents can be merged: shapes, vocabularies, architectures, and configs that disagree."""
+"""Whether parents can be merged: shapes, vocabularies, architectures, stored forms, equal bytes, and configs
+that disagree."""
 
 from __future__ import annotations
 
@@ -6,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from surgery.errors import CheckpointError, Table
-from surgery.stream.checkpoint import Checkpoint, Event
+from surgery.stream.checkpoint import Checkpoint, Event, ReadContext, StoredRef, TensorRef
 from surgery.stream.files import Source
 
 _BOOKKEEPING = frozenset(
@@ -85,3 +86,30 @@ def join_inputs(parents: Iterable[Checkpoint]) -> tuple[tuple[Source, ...], tupl
         sources |= {source.label: source for source in parent.inputs}
         events |= dict.fromkeys(parent.events)
     return tuple(sources.values()), tuple(events)
+
+
+def equal_bytes(inputs: Sequence[TensorRef], context: ReadContext) -> bool:
+    """Whether stored inputs are the same byte for byte; stops at the first tile that differs."""
+    import numpy as np
+
+    base = inputs[0]
+    if not all(isinstance(ref, StoredRef) and ref.same_form(base) for ref in inputs):
+        return False
+    stored = [ref for ref in inputs if isinstance(ref, StoredRef)]
+    for start, stop in base.tiles():
+        for place in range(len(base.parts)):
+            first, *rest = (ref.raw(ref.parts[place], start, stop, context) for ref in stored)
+            if not all(np.array_equal(other, first) for other in rest):
+                return False
+    return True
+
+
+def check_decodable(refs: Sequence[TensorRef]) -> None:
+    """Refuse arithmetic on forms that can only be copied."""
+    stuck = [ref for ref in refs if not ref.codec.decodable]
+    if stuck:
+        raise CheckpointError(
+            f"{stuck[0].name} is stored as {stuck[0].codec.name}, which can be copied but not computed with",
+            hint="give it a weight of 0 or 1 and no threshold, or start from a bf16 or FP8 checkpoint",
+            table=Table(("tensor", "stored as"), tuple((ref.name, ref.codec.name) for ref in stuck)),
+        )

@@ -16,15 +16,15 @@ ROUNDING = 1e-6
 """How far weights may miss 1."""
 
 
-def weight_at(weight: float | Anchors, info: TensorInfo) -> float:
+def weight_at(weight: float | Mapping[Any, float], info: TensorInfo) -> float:
     """A weight for one tensor: a number, or linear between layer anchors and constant beyond them.
 
     Before the first layer (`embedding`) and after the last (`head`, the final norm) the anchors of
     those names hold, or else the first and the last number.
     """
-    if not isinstance(weight, dict):
+    if not isinstance(weight, Mapping):
         return weight
-    numbered = sorted((key, value) for key, value in weight.items() if isinstance(key, int))
+    numbered = sorted((key, value) for key, value in weight.items() if isinstance(key, int | float))
     if info.layer is None:
         at_end = info.role in ("head", "norm")
         named = weight.get("head" if at_end else "embedding")
@@ -68,21 +68,14 @@ def check_layers(value: Any) -> str:
     return str(value)
 
 
-class Rule(BaseModel):
-    """Tensors for which every given condition holds; `weights` and `threshold` override the step's."""
+class Where(BaseModel):
+    """Tensors for which every given condition holds."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     role: Annotated[str, AfterValidator(check_entry)] | None = None
     match: Annotated[str, AfterValidator(check_pattern)] | None = None
     layers: Annotated[str, BeforeValidator(check_layers, json_schema_input_type=str | int)] | None = None
-    weights: dict[str, Weight | Anchors] | None = None
-    threshold: float | None = Field(default=None, ge=0.0, allow_inf_nan=False)
-
-    @field_validator("weights")
-    @classmethod
-    def _numbered(cls, value: dict[str, Weight | Anchors] | None) -> dict[str, Weight | Anchors] | None:
-        return check_anchors(value or {}) if value is not None else None
 
     def matcher(self) -> Matcher:
         tests = [matcher(self.role)] if self.role else []
@@ -91,6 +84,18 @@ class Rule(BaseModel):
         if self.layers:
             tests.append(layers_matcher(self.layers))
         return lambda ref: all(test(ref) for test in tests)
+
+
+class Rule(Where):
+    """Some tensors; `weights` and `threshold` override the step's there."""
+
+    weights: dict[str, Weight | Anchors] | None = None
+    threshold: float | None = Field(default=None, ge=0.0, allow_inf_nan=False)
+
+    @field_validator("weights")
+    @classmethod
+    def _numbered(cls, value: dict[str, Weight | Anchors] | None) -> dict[str, Weight | Anchors] | None:
+        return check_anchors(value or {}) if value is not None else None
 
 
 def check_anchors(weights: dict[str, Weight | Anchors]) -> dict[str, Weight | Anchors]:

@@ -1,0 +1,234 @@
+"""What the classic merge methods share: models with settings, the walk over tensors, and their kernels'
+frame.
+
+A method says, tensor by tensor, either whose tensor is taken as it is or which kernel computes it; `Whole` is
+how a kernel reads through a tensor before its first tile is made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict, field_validator
+
+from surgery.codecs.plain import Opaque
+from surgery.errors import RecipeError
+from surgery.operators.merge.compatible import (
+    check_decodable,
+    check_parents,
+    config_events,
+    equal_bytes,
+    join_inputs,
+)
+from surgery.operators.merge.distances import as_json, distances, squares
+from surgery.operators.merge.schedules import Setting, decoder_layers, is_place, setting_at
+from surgery.operators.merge.weights import Entry
+from surgery.operators.protocol import Kind, Operator, record_step
+from surgery.stream.checkpoint import (
+    Checkpoint,
+    ComputedRef,
+    Decision,
+    Event,
+    ReadContext,
+    Sums,
+    TensorRef,
+    recode,
+)
+from surgery.stream.select import matcher
+
+if TYPE_CHECKING:
+    import torch
+
+Values = dict[str, float]
+"""Settings of one model, or those of the step, for one tensor."""
+
+
+class Settings(BaseModel):
+    """Settings of one model; methods add theirs."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    weight: Setting = 1.0
+
+
+class Whole:
+    """Reads through all inputs of one tensor, tile by tile, as often as it is iterated."""
+
+    def __init__(self, inputs: Sequence[TensorRef], context: ReadContext) -> None:
+        self._inputs = inputs
+        self._context = context
+        self.numel = inputs[0].numel
+
+    def __iter__(self) -> Iterator[list[torch.Tensor]]:
+        grid = max(self._inputs, key=lambda ref: ref.tile_rows())
+        for start, stop in grid.tiles():
+            yield [ref.pull(start, stop, self._context) for ref in self._inputs]
+
+
+class MethodKernel:
+    """The kernel of one merged tensor. The first `len(labels)` inputs are tensors of models; where there is a
+    base it is the first, and distances from it are measured as the tiles pass."""
+
+    def __init__(self, op: str, labels: Sequence[str], *, based: bool, equal_copies: bool = True) -> None:
+        self.op = op
+        self.labels = tuple(labels)
+        self.based = based
+        self.equal_copies = equal_copies
+
+    def decide(self, inputs: Sequence[TensorRef], context: ReadContext) -> Decision:
+        if self.equal_copies and equal_bytes(inputs[: len(self.labels)], context):
+            return Decision(0, "parents are equal", {"weights": inputs[0].numel})
+        self.measure(Whole(inputs, context))
+        return Decision()
+
+    def measure(self, whole: Whole) -> None:
+        """Whole-tensor statistics that `merge` needs; none by default."""
+
+    def merge(self, tiles: Sequence[torch.Tensor]) -> torch.Tensor:
+        raise TypeError(f"{type(self).__name__} cannot merge")
+
+    def combine(self, tiles: Sequence[torch.Tensor]) -> tuple[torch.Tensor, Sums]:
+        sums = squares(tiles[0], tiles[1 : len(self.labels)]) if self.based else ()
+        return self.merge(tiles), sums
+
+    def metrics(self, sums: Sums, numel: int) -> dict[str, Any]:
+        return {"weights": numel, "distance": as_json(distances(sums, numel, self.labels[1:]))}
+
+    def lineage(self) -> dict[str, Any]:
+        return {"op": self.op}
+
+
+class Method(Operator):
+    """Base of the classic methods: `models` (and, where there is one, `base`), `select`, a shared setting or
+    several. A setting is a number, a gradient, anchors or a list of choices, see `schedules.py`."""
+
+    kind: ClassVar[Kind] = "weight"
+    step_settings: ClassVar[tuple[str, ...]] = ()
+    """Fields of the step that are settings."""
+
+    models: Mapping[str, Settings]
+    select: tuple[Entry, ...] = ("all",)
+
+    @field_validator("models", mode="before")
+    @classmethod
+    def _numbers_are_weights(cls, value: Any) -> Any:
+        if not isinstance(value, Mapping):
+            return value
+        return {
+            name: {"weight": item} if not isinstance(item, Mapping | Settings) or _is_anchors(item) else item
+            for name, item in value.items()
+        }
+
+    @field_validator("models")
+    @classmethod
+    def _some_model(cls, value: Mapping[str, Settings]) -> Mapping[str, Settings]:
+        if not value:
+            raise ValueError("no model is named")
+        return value
+
+    @property
+    def base_name(self) -> str | None:
+        """The base where the method has one."""
+        found = getattr(self, "base", None)
+        return None if found is None else str(found)
+
+    def input_names(self) -> tuple[str, ...]:
+        base = self.base_name
+        names = [] if base is None else [base]
+        return (*names, *(name for name in self.models if name != base))
+
+    def donor(self, models: Mapping[str, Values], step: Values) -> str | None:
+        """The model whose tensor is the result as it is, where settings alone say so."""
+        return None
+
+    def kernel(
+        self, labels: Sequence[str], models: Mapping[str, Values], step: Values, ref: TensorRef
+    ) -> MethodKernel:
+        """The kernel of one tensor; settings by model in the order of `input_names`, without the base."""
+        raise TypeError(f"{type(self).__name__} has no kernel")
+
+    def extra_inputs(self, ref: TensorRef, models: Sequence[str]) -> tuple[TensorRef, ...]:
+        """Inputs beside the models' tensors."""
+        return ()
+
+    def apply(self, inputs: Mapping[str, Checkpoint]) -> Checkpoint:
+        names = self.input_names()
+        first = names[0]
+        template = inputs[first]
+        parents = {name: inputs[name] for name in names}
+        layers = decoder_layers(template)
+        chosen = self._chosen(template)
+        check_parents(first, parents, {name: list(names) for name in chosen})
+        tensors = dict(template.tensors)
+        converted = []
+        for name in chosen:
+            refs = {parent: inputs[parent].tensors[name] for parent in names}
+            tensors[name], same = self._merged(refs, layers, {n: inputs[n].label for n in names})
+            if not same:
+                converted.append(name)
+        events = config_events(first, parents)
+        if converted:
+            message = f"{len(converted)} tensors are re-encoded: they are stored otherwise in {first}"
+            events = (*events, Event("re-encoded", message, tuple(converted)))
+        sources, inherited = join_inputs(parents.values())
+        labels = {name: parent.label for name, parent in parents.items()}
+        label, history = record_step(self.op, self.summary(), labels, parents.values())
+        return template.replace(
+            tensors=tensors, label=label, inputs=sources, history=history, events=(*inherited, *events),
+            probes=tuple(probe for each in parents.values() for probe in each.probes),
+        )  # fmt: skip
+
+    def _chosen(self, template: Checkpoint) -> list[str]:
+        tests = [matcher(entry) for entry in self.select]
+        for index, test in enumerate(tests):
+            if not any(test(ref) for ref in template.tensors.values()):
+                raise RecipeError(
+                    f"select entry {self.select[index]} matches none of the {len(template.tensors)} "
+                    f"tensors of {template.label}", path=("select", index),
+                )  # fmt: skip
+        return [
+            name for name, ref in template.tensors.items()
+            if any(test(ref) for test in tests)
+            and not (isinstance(ref.codec, Opaque) and not ref.codec.weights)
+        ]  # fmt: skip
+
+    def _merged(
+        self, refs: Mapping[str, TensorRef], layers: int, labels: Mapping[str, str]
+    ) -> tuple[TensorRef, bool]:
+        """The result's ref, and whether all forms were those of the template."""
+        template = next(iter(refs.values()))
+        models = {
+            name: self._values(template, layers, name, settings) for name, settings in self.models.items()
+            if name != self.base_name
+        }  # fmt: skip
+        step = self._values(template, layers, None, self)
+        donor = self.donor(models, step)
+        if donor is not None:
+            ref = refs[donor]
+            if ref.same_form(template):
+                return ref, True
+            check_decodable((template, ref))
+            return recode(ref, template.codec, template.parts), False
+        inputs = tuple(refs.values())
+        check_decodable(inputs)
+        kernel = self.kernel([labels[name] for name in refs], models, step, template)
+        return (
+            ComputedRef(template, (*inputs, *self.extra_inputs(template, list(models))), kernel),
+            all(ref.same_form(template) for ref in inputs),
+        )
+
+    def _values(self, ref: TensorRef, layers: int, model: str | None, settings: BaseModel) -> Values:
+        names = self.step_settings if model is None else tuple(type(settings).model_fields)
+        found = {}
+        for name in names:
+            try:
+                found[name] = setting_at(getattr(settings, name), ref, layers)
+            except ValueError as error:
+                path = (name,) if model is None else ("models", model, name)
+                raise RecipeError(f"{error} (at {ref.name})", path=path) from error
+        return found
+
+
+def _is_anchors(item: Any) -> bool:
+    return isinstance(item, Mapping) and bool(item) and all(is_place(key) for key in item)

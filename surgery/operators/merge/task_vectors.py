@@ -1,0 +1,215 @@
+"""What the task-vector methods share: δ_i = W_i − W_base, thinned out, brought together, added to the base.
+
+    result = base + λ · Σ w_i δ'_i     perhaps with sign consensus and a division by the weights (passes.py)
+
+A `Thinning` says which entries of one δ stay. `normalize: norms` first scales every δ_i of a tensor to the
+mean norm of all of them (the data-free half of DisTaC, arXiv 2508.01148; per tensor, where the paper scales
+whole models), so that no model speaks louder for having moved further.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from math import sqrt
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from surgery.errors import RecipeError
+from surgery.operators.merge.method import Method, MethodKernel, Settings, Values, Whole
+from surgery.operators.merge.noise import NoiseRef
+from surgery.operators.merge.passes import keep_between, product_sum, weighted_deltas
+from surgery.operators.merge.schedules import Setting
+from surgery.operators.merge.selection import ROUNDS, Selector
+from surgery.stream.checkpoint import TensorRef
+
+if TYPE_CHECKING:
+    import torch
+
+Normalize = Literal["none", "weights", "norms"]
+Rescale = Literal["none", "keep", "l1"]
+
+
+class Thinning:
+    """Keeps everything; subclasses keep less. `ranks` are those of |δ| (ascending, from 0) it asks for."""
+
+    random: bool = False
+
+    def ranks(self, numel: int) -> tuple[int, ...]:
+        return ()
+
+    def thin(
+        self, delta: torch.Tensor, at_ranks: Sequence[float], noise: torch.Tensor | None
+    ) -> torch.Tensor:
+        return delta
+
+
+class Between(Thinning):
+    """Keeps the magnitudes from rank `first` to rank `last`, and whatever equals one of the two."""
+
+    def __init__(self, density: float, drop_top: float = 0.0) -> None:
+        self._density, self._drop_top = density, drop_top
+
+    def ranks(self, numel: int) -> tuple[int, ...]:
+        last = numel - 1 - int(self._drop_top * numel)
+        first = last + 1 - int(self._density * numel)
+        return (max(first, 0), last) if first <= last and numel else ()
+
+    def thin(
+        self, delta: torch.Tensor, at_ranks: Sequence[float], noise: torch.Tensor | None
+    ) -> torch.Tensor:
+        return keep_between(delta, *at_ranks) if at_ranks else delta * 0.0
+
+
+class TaskVectorKernel(MethodKernel):
+    """Inputs: the base, the models, then noise for each model if the thinning is random."""
+
+    def __init__(
+        self, op: str, labels: Sequence[str], thinnings: Sequence[Thinning], weights: Sequence[float], *,
+        scale: float, consensus: bool, normalize: Normalize, l1: bool = False,
+    ) -> None:  # fmt: skip
+        super().__init__(op, labels, based=True)
+        self._thinnings = thinnings
+        self._weights = list(weights)
+        self._scale = scale
+        self._consensus = consensus
+        self._normalize = normalize
+        self._l1 = l1
+        self._factors = [1.0] * len(weights)
+        self._at_ranks: list[tuple[float, ...]] = [()] * len(weights)
+
+    def measure(self, whole: Whole) -> None:
+        self._select(whole)
+        if self._normalize == "norms":
+            squares = [0.0] * len(self._weights)
+            for tiles in whole:
+                for i, delta in enumerate(self._deltas(tiles)):
+                    squares[i] += product_sum(delta, delta)
+            norms = [sqrt(each) for each in squares]
+            mean = sum(norms) / len(norms)
+            self._factors = [mean / norm if norm else 1.0 for norm in norms]
+        if self._l1:
+            before, after = [0.0] * len(self._weights), [0.0] * len(self._weights)
+            for tiles in whole:
+                for i, delta in enumerate(self._deltas(tiles)):
+                    before[i] += _size(delta)
+                    after[i] += _size(self._thinned(i, delta, tiles))
+            gains = [b / a if a else 1.0 for b, a in zip(before, after, strict=True)]
+            self._factors = [factor * gain for factor, gain in zip(self._factors, gains, strict=True)]
+
+    def _select(self, whole: Whole) -> None:
+        selectors = {
+            i: Selector(ranks) for i, t in enumerate(self._thinnings) if (ranks := t.ranks(whole.numel))
+        }
+        if not selectors:
+            return
+        for round_ in range(ROUNDS):
+            if round_:
+                for selector in selectors.values():
+                    selector.next_round()
+            for tiles in whole:
+                deltas = self._deltas(tiles)
+                for i, selector in selectors.items():
+                    selector.feed(deltas[i].abs_())
+        for i, selector in selectors.items():
+            self._at_ranks[i] = selector.values()
+
+    def _deltas(self, tiles: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        return [tile - tiles[0] for tile in tiles[1 : len(self.labels)]]
+
+    def _thinned(self, i: int, delta: torch.Tensor, tiles: Sequence[torch.Tensor]) -> torch.Tensor:
+        noise = tiles[len(self.labels) + i] if len(tiles) > len(self.labels) else None
+        return self._thinnings[i].thin(delta, self._at_ranks[i], noise)
+
+    def merge(self, tiles: Sequence[torch.Tensor]) -> torch.Tensor:
+        deltas = []
+        for i, delta in enumerate(self._deltas(tiles)):
+            kept = self._thinned(i, delta, tiles)
+            deltas.append(kept if self._factors[i] == 1.0 else kept * self._factors[i])
+        mixed = weighted_deltas(
+            deltas, self._weights, consensus=self._consensus, normalize=self._normalize == "weights"
+        )
+        return mixed.mul_(self._scale).add_(tiles[0])
+
+
+def _size(values: torch.Tensor) -> float:
+    import torch
+
+    return float(values.abs().sum(dtype=torch.float64))
+
+
+class TaskVectors(Method):
+    """Base of the task-vector methods. `scale` is λ, applied to the merged task vector."""
+
+    step_settings: ClassVar[tuple[str, ...]] = ("scale",)
+    consensus: ClassVar[bool] = False
+
+    base: str
+    models: Mapping[str, Settings]
+    normalize: Normalize = "none"
+    scale: Setting = 1.0
+
+    @model_validator(mode="after")
+    def _some_task(self) -> TaskVectors:
+        if not set(self.models) - {self.base}:
+            raise ValueError("no model is named beside the base")
+        return self
+
+    def thinning(self, values: Values) -> Thinning | None:
+        """How one model's task vector is thinned; None where all of it stays."""
+        return None
+
+    @property
+    def l1(self) -> bool:
+        return False
+
+    def donor(self, models: Mapping[str, Values], step: Values) -> str | None:
+        """The base where nothing is added; the model where its whole task vector is."""
+        if not step["scale"] or not any(values["weight"] for values in models.values()):
+            return self.base
+        if len(models) > 1 or self.normalize == "norms":
+            return None
+        ((name, values),) = models.items()
+        gain = step["scale"] * (1.0 if self.normalize == "weights" else values["weight"])
+        return name if gain == 1.0 and self._thinning(name, values) is None else None
+
+    def kernel(
+        self, labels: Sequence[str], models: Mapping[str, Values], step: Values, ref: TensorRef
+    ) -> MethodKernel:
+        return TaskVectorKernel(
+            self.op,
+            labels,
+            [self._thinning(name, values) or Thinning() for name, values in models.items()],
+            [values["weight"] for values in models.values()],
+            scale=step["scale"], consensus=self.consensus, normalize=self.normalize, l1=self.l1,
+        )  # fmt: skip
+
+    def _thinning(self, model: str, values: Values) -> Thinning | None:
+        try:
+            return self.thinning(values)
+        except ValueError as error:
+            raise RecipeError(str(error), path=("models", model)) from error
+
+
+class RandomTaskVectors(TaskVectors):
+    """Base of the random ones: a seed, and the rule that makes up for what is dropped."""
+
+    seed: int = Field(default=0, strict=True)
+    rescale: Rescale = "keep"
+
+    @property
+    def l1(self) -> bool:
+        return self.rescale == "l1"
+
+    def extra_inputs(self, ref: TensorRef, models: Sequence[str]) -> tuple[TensorRef, ...]:
+        return tuple(NoiseRef(ref, self.seed, model) for model in models)
+
+
+def share(values: Values, name: str, *, above: float = -1.0) -> float:
+    """A setting that is a share; ValueError where it is not in [0, 1] or not above `above`."""
+    found = values[name]
+    if not 0.0 <= found <= 1.0 or found <= above:
+        raise ValueError(
+            f"{name} is {found:g}; it must be {'above 0 and' if above >= 0 else 'at least 0 and'} at most 1"
+        )
+    return found
