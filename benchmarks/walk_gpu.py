@@ -76,6 +76,7 @@ def main() -> None:
         torch.cuda.synchronize()
         seconds = time.time() - begun
         peak = torch.cuda.max_memory_allocated() - before
+        reserved = torch.cuda.max_memory_reserved() - before
         planned = estimate_walk(
             checkpoint, [batch.shape for batch in batches], device="cuda", dtype="bfloat16",
             memory_bytes=1 << 30,
@@ -101,7 +102,9 @@ def main() -> None:
     print(json.dumps({
         "device": torch.cuda.get_device_name(), "torch": torch.__version__, "layers": given.layers,
         "tokens": sum(batch.tokens for batch in batches), "walk_s": seconds,
-        "peak_GB": peak / 1e9, "planned_GB": planned.device_bytes / 1e9, "parts": planned.as_dict()["parts"],
+        "peak_GB": peak / 1e9, "peak_reserved_GB": reserved / 1e9,
+        "planned_GB": planned.device_bytes / 1e9,
+        "parts": planned.as_dict()["parts"],
         "peak_to_plan": peak / planned.device_bytes, "same_bits_by_keeping": same,
         "same_sums_again": bool(repeatable), "logits_error": worst, "logits_equal": equal,
     }, indent=1))  # fmt: skip

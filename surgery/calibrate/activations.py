@@ -1,7 +1,7 @@
 """Hidden states of all batches between two layers, in host memory or in a mapped file; and snapshots of them.
 
 A snapshot is what a walk needs to go on after a kill: the hidden states in front of a layer, as they are, and
-the state of its steps. Two generations are kept, so that a kill while writing one leaves the other.
+the state of its steps. Two generations are kept at most, so that a kill while writing one leaves the other.
 """
 
 from __future__ import annotations
@@ -47,6 +47,7 @@ class Activations:
         if file is None:
             self.flat = torch.empty(total, dtype=dtype, pin_memory=pin)
         else:
+            _reserve(file, total * (torch.finfo(dtype).bits // 8))
             self.flat = torch.from_file(str(file), shared=True, size=total, dtype=dtype)
 
     @property
@@ -63,8 +64,18 @@ class Activations:
         return self.flat[self._begins[batch] : self._begins[batch + 1]].view(self.shapes[batch])
 
 
+def _reserve(file: Path, nbytes: int) -> None:
+    """Take the disk space now: a mapped file that meets a full disk later kills the process."""
+    try:
+        with open(file, "wb") as opened:
+            os.posix_fallocate(opened.fileno(), 0, max(nbytes, 1))
+    except OSError as error:
+        raise disk_error(error, file) from error
+
+
 def write_snapshot(folder: Path, layer: int, hidden: Activations, state: Mapping[str, Any]) -> None:
     """Keep what is needed to go on with `layer`. The file with the state is renamed into place last."""
+    _clear(folder)
     data = folder / f"snapshot-{layer:05d}.bin"
     text = folder / f"snapshot-{layer:05d}.json"
     try:
@@ -82,9 +93,14 @@ def write_snapshot(folder: Path, layer: int, hidden: Activations, state: Mapping
         os.rename(temporary, text)
     except OSError as error:
         raise disk_error(error, data) from error
-    for old in _snapshots(folder)[:-GENERATIONS]:
-        old.unlink()
-        old.with_suffix(".bin").unlink(missing_ok=True)
+
+
+def _clear(folder: Path) -> None:
+    """Leave the newest whole snapshot alone: with the one to come there are two."""
+    kept = _snapshots(folder)[-1:]
+    for path in folder.glob("snapshot-*"):
+        if path.with_suffix(".json") not in kept:
+            path.unlink()
 
 
 def read_states(folder: Path) -> list[dict[str, Any]]:

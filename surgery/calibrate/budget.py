@@ -42,6 +42,8 @@ class WalkEstimate:
     hidden_bytes: int
     hidden_on_disk: bool
     read_bytes: int
+    model_bytes: int
+    """Bytes of all layers, each counted once."""
 
     @property
     def device_bytes(self) -> int:
@@ -61,6 +63,7 @@ class WalkEstimate:
             "device": self.device, "dtype": self.dtype, "tokens": self.tokens,
             "batch_tokens": self.batch_tokens, "device_bytes": self.device_bytes,
             "host_bytes": self.host_bytes, "disk_bytes": self.disk_bytes, "bytes_read": self.read_bytes,
+            "reads_of_the_model": round(self.read_bytes / self.model_bytes, 2) if self.model_bytes else 0.0,
             "parts": {
                 "layer": self.layer_bytes, "batch": self.batch_bytes, "experts_in_flight": self.expert_bytes,
                 "experts_kept": self.kept_bytes, "hidden_states": self.hidden_bytes,
@@ -129,9 +132,23 @@ def estimate_walk(
         kept_bytes=kept,
         hidden_bytes=hidden_bytes,
         hidden_on_disk=2 * hidden_bytes > host_share(memory_bytes),
-        read_bytes=sum(ref.nbytes for refs in layers.values() for ref in refs)
+        read_bytes=sum(_layer_reads(refs, itemsize, kept, len(shapes), device) for refs in layers.values())
         + sum(ref.nbytes for ref in ends if ref.info.role in ("embedding", "norm")),
+        model_bytes=sum(ref.nbytes for refs in layers.values() for ref in refs),
     )
+
+
+def _layer_reads(refs: Sequence[TensorRef], itemsize: int, kept: int, batches: int, device: str) -> int:
+    """Bytes read for one layer: experts that are not kept again for every batch, the dense part of a layer
+    with experts a second time for the routing of the pruned layer."""
+    experts = [ref for ref in refs if ref.info.role == "routed_expert"]
+    stored = sum(source.nbytes for ref in experts for source in ref.sources())
+    dense = sum(source.nbytes for ref in refs for source in ref.sources()) - stored
+    if not experts:
+        return dense
+    whole = sum(ref.numel for ref in experts) * itemsize if device == "cpu" else stored
+    again = max(0.0, 1 - kept / whole) if whole else 0.0
+    return 2 * dense + round(stored * (1 + (batches - 1) * again))
 
 
 def batch_bytes(checkpoint: Checkpoint, tokens: int, itemsize: int) -> int:

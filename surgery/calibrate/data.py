@@ -223,6 +223,8 @@ def _checked(messages: Any, where: str) -> list[dict[str, str]]:
         for each in messages
     ):
         raise UsageError(f"{where}: `messages` must be turns with `role` and `content`, both texts")
+    if not messages[-1]["content"].strip():
+        raise UsageError(f"{where}: the last turn is empty", hint="leave out demonstrations without a reply")
     return [{"role": each["role"], "content": each["content"]} for each in messages]
 
 
@@ -234,6 +236,8 @@ def find_file(name: str, folders: Sequence[Path]) -> Path:
     for folder in (Path(), *folders):
         if (folder / path).is_file():
             return folder / path
+    if path.is_dir():
+        raise UsageError(f"{name} is a folder, not a file", hint="name its files one by one")
     raise UsageError(
         f"there is no file {name}",
         hint="a relative path is looked up here, then beside the recipe; hub files are "

@@ -142,6 +142,8 @@ class ExpertBank:
     dtype: torch.dtype
     room_bytes: int
     keep: str = "device"
+    side: torch.cuda.Stream | None = None
+    """The stream to copy on; one for all banks of a walk, since memory is pooled by stream."""
     _kept: dict[int, _Carried] = field(default_factory=dict)
     _decoded: dict[int, ExpertWeights] = field(default_factory=dict)
     _used: int = 0
@@ -184,7 +186,7 @@ class ExpertBank:
             for expert in experts:
                 yield expert, self._weights(self._kept[expert])
             return
-        side = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+        side = self.side or torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
         fetching: dict[int, Future[_Carried]] = {}
         copied: dict[int, tuple[_Carried, torch.cuda.Event]] = {}
         for place, expert in enumerate(experts):

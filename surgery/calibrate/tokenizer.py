@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from surgery.stream.checkpoint import Checkpoint
 
 
+THINK = "<think>"
+"""Some templates open the reasoning for the model."""
 _VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "tekken.json")
 
 
@@ -64,27 +66,44 @@ class Tokenizer:
         return self._templated([{"role": "user", "content": text}], reply_begins=True)
 
     def conversation(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        """Ids of a whole conversation through the chat template, an end token behind the last turn.
+        """Ids of a whole conversation, an end token behind the last turn.
 
-        Raises CheckpointError where there is no template, or where it refuses these messages.
+        All but a last reply goes through the chat template; the reply stands behind it as it is, reasoning
+        included, which many templates would cut out. Raises CheckpointError where there is no template, or
+        where it refuses these messages.
         """
         if not self.plain.chat_template:
             raise CheckpointError(
                 "this tokenizer has no chat template",
                 hint="give the demonstrations as `text`, or put a chat_template.jinja beside the weights",
             )
-        ids = self._templated(messages, reply_begins=False)
+        *head, last = messages
+        if last["role"] != "assistant" or not head:
+            return self._ended(self._templated(messages, reply_begins=False))
+        # The reply as the model would write it: templates leave the reasoning of past turns out.
+        opened = self._rendered(head, reply_begins=True)
+        reply = last["content"]
+        if opened.rstrip().endswith(THINK):
+            reply = reply.removeprefix(THINK)
+        ids = self._started(self.plain.encode(opened, add_special_tokens=False, verbose=False))
+        return self._ended([*ids, *self.plain.encode(reply, add_special_tokens=False, verbose=False)])
+
+    def _ended(self, ids: list[int]) -> list[int]:
         last = self.plain.eos_token_id
         tail = ids[-4:]  # templates may put a line break behind the end token
         return ids if not isinstance(last, int) or self.ends & {*tail} else [*ids, last]
 
     def _templated(self, messages: Sequence[Mapping[str, str]], *, reply_begins: bool) -> list[int]:
+        rendered = self._rendered(messages, reply_begins=reply_begins)
+        return self._started(self.plain.encode(rendered, add_special_tokens=False, verbose=False))
+
+    def _rendered(self, messages: Sequence[Mapping[str, str]], *, reply_begins: bool) -> str:
         from jinja2 import TemplateError
 
         turns = [dict(each) for each in messages]
         try:
-            rendered = self.plain.apply_chat_template(
-                turns, add_generation_prompt=reply_begins, tokenize=False
+            return str(
+                self.plain.apply_chat_template(turns, add_generation_prompt=reply_begins, tokenize=False)
             )
         except TemplateError as error:
             what = "a single turn of a user" if len(turns) == 1 else f"a conversation of {len(turns)} turns"
@@ -92,7 +111,6 @@ class Tokenizer:
                 f"the chat template refuses {what}: {error}",
                 hint="check chat_template.jinja or the chat_template of tokenizer_config.json",
             ) from error
-        return self._started(self.plain.encode(str(rendered), add_special_tokens=False, verbose=False))
 
     def document(self, text: str, *, ended: bool) -> list[int]:
         """Ids of a text of its own: start token, text and, where it is `ended`, end token."""

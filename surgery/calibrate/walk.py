@@ -28,6 +28,7 @@ import torch
 
 from surgery.calibrate.activations import Activations, fill_from, read_states, write_snapshot
 from surgery.calibrate.batches import Batch
+from surgery.calibrate.budget import expert_share, largest_experts
 from surgery.calibrate.experts import ExpertBank, ExpertObserver, RoutedExperts, attach
 from surgery.calibrate.layers import BuiltLayer, LayeredModel
 from surgery.calibrate.ranks import ONE_RANK, Ranks
@@ -39,6 +40,17 @@ from surgery.stream.journal import first_difference
 Propagate = Literal["original", "changed"]
 Progress = Callable[[str, int, int], None]
 SNAPSHOT_SECONDS = 600.0
+
+
+def room_for(checkpoint: Checkpoint, device: torch.device, memory_bytes: int) -> tuple[str, int]:
+    """Where a layer's experts are kept between batches, and in how many bytes: a share of the budget on a
+    CPU; on a GPU three fifths of what is free, or page-locked host memory where they do not fit."""
+    if device.type == "cpu":
+        return "device", expert_share(memory_bytes)
+    free, _ = torch.cuda.mem_get_info(device)
+    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    room = int(free * 0.6)
+    return ("device", room) if largest_experts(checkpoint) <= room else ("host", memory_bytes)
 
 
 @dataclass(frozen=True)
@@ -154,6 +166,8 @@ class Walk:
         outlines = [self.checkpoint]
         for step in self.steps:
             outlines.append(step.outline(outlines[-1]))
+        device = self.settings.device
+        self._side = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self._models: list[LayeredModel] = []
         for outline in outlines:
             same = [m for m in self._models if m.checkpoint.config == outline.config]
@@ -176,28 +190,57 @@ class Walk:
         """Walk all layers, or those in front of `until`; go on from a snapshot where there is one."""
         model = self._models[0]
         shapes = [batch.shape for batch in self.batches]
-        self._now, self._next = (self._activations(shapes, place) for place in ("now", "next"))
+        self._place = (self._activations(shapes, "now"), self._activations(shapes, "next"), 0)
         self._embed(model)
-        start = self._resume()
+        start = saved_layer = self._resume()
+        self._place = (self._now, self._next, start)
         self.settings.ranks.wait()
         saved = time.monotonic()
         stop = model.num_layers if until is None else until
-        for layer in range(start, stop):
-            self._tell(layer, model.num_layers)
-            self._layer(layer)
-            folder, ranks = self.settings.folder, self.settings.ranks
-            if folder and ranks.leads and time.monotonic() - saved >= self.settings.snapshot_seconds:
-                state = {"fingerprint": self.fingerprint, "steps": [step.state() for step in self.steps]}
-                state["report"] = [each.as_dict() for each in self.report]
-                write_snapshot(folder, layer + 1, self._now, state)
-                saved = time.monotonic()
+        try:
+            for layer in range(start, stop):
+                self._tell(layer, model.num_layers)
+                self._layer(layer)
+                if time.monotonic() - saved >= self.settings.snapshot_seconds:
+                    self._save(layer + 1)
+                    saved, saved_layer = time.monotonic(), layer + 1
+        except KeyboardInterrupt:
+            if self._place[2] > saved_layer:
+                self._save(self._place[2])
+            raise
         self._tell(stop, model.num_layers)
+        # Nothing is to come: give the other generation back.
+        self._place = (self._now, self._now, stop)
+
+    @property
+    def _now(self) -> Activations:
+        """Hidden states in front of the layer that is to come, the third of `_place`."""
+        return self._place[0]
+
+    @property
+    def _next(self) -> Activations:
+        return self._place[1]
+
+    def _save(self, layer: int) -> None:
+        if self.settings.folder and self.settings.ranks.leads:
+            state = {"fingerprint": self.fingerprint, "steps": [step.state() for step in self.steps]}
+            state["report"] = [each.as_dict() for each in self.report[:layer]]
+            write_snapshot(self.settings.folder, layer, self._now, state)
 
     def logits(self) -> Iterator[torch.Tensor]:
         """After `run`: logits [batch, tokens, vocabulary] of each batch in turn, in the compute dtype."""
         with self._models[0].end() as head:
             for number, batch in enumerate(self.batches):
                 yield head.logits(batch.ids, self._now.get(number, self.settings.device))
+
+    def row_logits(self) -> Iterator[torch.Tensor]:
+        """After `run`: logits [length, vocabulary] of each row in turn, one row in memory at a time."""
+        with self._models[0].end() as head:
+            for number, batch in enumerate(self.batches):
+                hidden = self._now.get(number, torch.device("cpu"))
+                for row, length in enumerate(batch.lengths):
+                    one = slice(row, row + 1)
+                    yield head.logits(batch.ids[one, :length], hidden[one, :length])[0]
 
     def _activations(self, shapes: Sequence[tuple[int, int]], name: str) -> Activations:
         settings = self.settings
@@ -266,7 +309,8 @@ class Walk:
                 refs = model.refs(layer)
             self._forward(model, model.load_layer(layer, refs), refs, None, keep=True)
         self.report.append(self._sums.report(layer, time.monotonic() - begun))
-        self._now, self._next = self._next, self._now
+        # One assignment, so that an interrupt finds hidden states and layer in step.
+        self._place = (self._next, self._now, layer + 1)
 
     def _forward(
         self,
@@ -319,7 +363,7 @@ class Walk:
             )
         bank = ExpertBank(
             built.experts, by_expert(refs), rules, settings.device, settings.dtype,
-            settings.room_bytes, settings.keep,
+            settings.room_bytes, settings.keep, self._side,
         )  # fmt: skip
         watching = observer.experts if observer else ()
         routed = RoutedExperts(bank, watching, settings.ranks, count_only=count_only)

@@ -66,16 +66,17 @@ def prune(
     from surgery.operators.protocol import RunContext
     from surgery.recipe.load import one_step
     from surgery.recipe.run import plan_recipe
-    from surgery.stream.save import SaveOptions, cores
+    from surgery.stream.save import SaveOptions, check_output, cores
 
     output = Output(json=json, quiet=quiet or json)
     params: dict[str, Any] = {}
     if calibration:
         params["calibration"] = {"files": domains_of(calibration)}
     loaded = one_step(op, model, params, {"format": output_format}, set_ or ())
-    context = RunContext(device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+    context = RunContext(device=device, dtype=dtype, threads=threads, trust_remote_code=trust_remote_code)
     if dry_run:
-        show_plan(output, plan_recipe(loaded, None, memory_bytes(memory), context))
+        check_output(out, overwrite)
+        show_plan(output, plan_recipe(loaded, out, memory_bytes(memory), context, refuse=False))
         return
     with output.progress() as tell, resumable():
         options = SaveOptions(

@@ -66,7 +66,7 @@ def run(
 
     output = Output(json=json, quiet=quiet or json)
     loaded = load_recipe(recipe, set_ or ())
-    context = RunContext(device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+    context = RunContext(device=device, dtype=dtype, threads=threads, trust_remote_code=trust_remote_code)
     with output.progress() as tell, resumable():
         options = SaveOptions(
             hash=not no_hash, memory_bytes=memory_bytes(memory), threads=threads or cores(),
@@ -268,6 +268,11 @@ def show_plan(output: Output, planned: Plan) -> None:
                 f"pass {number}      walk for {steps}: reads {size(each['bytes_read'])}; "
                 f"{each['tokens']:,} tokens in {each['dtype']} on {each['device']}"
             )
+            if each["reads_of_the_model"] > 2:
+                output.note(
+                    f"experts that do not fit are read again for every batch: {each['reads_of_the_model']:g} "
+                    "times the model in all; a larger --memory keeps them"
+                )
             output.say(
                 f"            device {size(each['device_bytes'])}, host {size(each['host_bytes'])}, "
                 f"disk {size(each['disk_bytes'])}"

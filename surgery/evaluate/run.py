@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from time import perf_counter
 from typing import TYPE_CHECKING
 
@@ -113,19 +114,20 @@ def evaluate(
         threads=threads,
         streamed=streamed,
     )
-    run = _Run(pattern, trust_remote_code, memory_bytes, progress or _silent)
     rows: dict[str, ModelScore] = {}
     kept: Readable | None = None
-    for candidate in sorted(candidates, key=lambda each: each.name != parent_name):
-        weights = sum(ref.numel for ref in candidate.checkpoint.tensors.values())
-        with torch_threads(threads, weights):
-            loaded = _made_ready(candidate, settings, run)
-            row = _measure(candidate, loaded, kept, parent_name, problems, settings, run)
-        rows[candidate.name] = row
-        if row.is_parent and documents:
-            kept = loaded
-        # Otherwise this model would stay in memory while the next one loads.
-        del loaded
+    with TemporaryDirectory(prefix="surgery-walk-") as scratch:
+        run = _Run(pattern, trust_remote_code, memory_bytes, Path(scratch), progress or _silent)
+        for candidate in sorted(candidates, key=lambda each: each.name != parent_name):
+            weights = sum(ref.numel for ref in candidate.checkpoint.tensors.values())
+            with torch_threads(threads, weights):
+                loaded = _made_ready(candidate, settings, run)
+                row = _measure(candidate, loaded, kept, parent_name, problems, settings, run)
+            rows[candidate.name] = row
+            if row.is_parent and documents:
+                kept = loaded
+            # Otherwise this model would stay in memory while the next one loads.
+            del loaded
     return Evaluation(
         rows=tuple(rows[candidate.name] for candidate in candidates),
         parent=parent_name,
@@ -142,6 +144,7 @@ class _Run:
     pattern: re.Pattern[str] | None
     trust_remote_code: bool
     memory_bytes: int
+    scratch: Path
     tell: Progress
 
 
@@ -160,12 +163,15 @@ def _made_ready(candidate: Candidate, settings: Settings, run: _Run) -> Readable
             stage=f"{candidate.name}: load",
         )
     device, dtype = placement(settings.device, settings.dtype)
+    folder = run.scratch / str(len(list(run.scratch.iterdir())))
+    folder.mkdir()
     return stream_model(
         candidate.checkpoint,
         candidate.windows,
         device=device,
         dtype=dtype,
         memory_bytes=run.memory_bytes,
+        folder=folder,
         trust_remote_code=run.trust_remote_code,
         progress=run.tell,
         stage=f"{candidate.name}: walk",

@@ -9,12 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from math import inf
 from typing import TYPE_CHECKING
 
-from surgery.calibrate.budget import BATCH_TOKENS, expert_share, host_share
+from surgery.calibrate.budget import BATCH_TOKENS, host_share
 from surgery.calibrate.state import left_out, used
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import torch
 
     from surgery.calibrate.batches import Batch
@@ -40,9 +43,7 @@ class StreamedModel:
 
     def logits(self) -> Iterator[torch.Tensor]:
         """Logits of the predictions inside each window in turn, [len(window) - 1, vocabulary]."""
-        for batch, logits in zip(self.walk.batches, self.walk.logits(), strict=True):
-            for row, length in enumerate(batch.lengths):
-                yield logits[row, : length - 1]
+        return (logits[:-1] for logits in self.walk.row_logits())
 
 
 def stream_model(
@@ -52,21 +53,24 @@ def stream_model(
     device: torch.device,
     dtype: torch.dtype,
     memory_bytes: int,
+    folder: Path,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
     stage: str = "walk",
 ) -> StreamedModel:
-    """Walk a model over windows of ids. Raises what the walk does."""
-    from surgery.calibrate.walk import Walk, WalkSettings
+    """Walk a model over windows of ids. Raises what the walk does. `folder` is for hidden states that do not
+    fit the budget."""
+    from surgery.calibrate.walk import Walk, WalkSettings, room_for
 
+    keep, room = room_for(checkpoint, device, memory_bytes)
     rows = max(1, BATCH_TOKENS[device.type] // max(len(window) for window in windows))
     batches = []
     for start in range(0, len(windows), rows):
         batches += _batches(windows[start : start + rows])
     settings = WalkSettings(
         device, dtype,
-        room_bytes=expert_share(memory_bytes) if device.type == "cpu" else memory_bytes,
-        host_bytes=host_share(memory_bytes),
+        room_bytes=room, keep=keep, host_bytes=host_share(memory_bytes), folder=folder,
+        snapshot_seconds=inf,
         trust_remote_code=trust_remote_code,
         progress=(lambda _, done, total: progress(stage, done, total)) if progress else None,
     )  # fmt: skip

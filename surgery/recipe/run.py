@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from surgery.calibrate.data import find_file
 from surgery.calibrate.ranks import joined_ranks
 from surgery.calibrate.skeleton import placement
 from surgery.errors import PlanError, RecipeError
@@ -24,10 +25,12 @@ from surgery.stream.hub import pinned
 from surgery.stream.save import (
     SaveOptions,
     SaveResult,
+    bytes_in,
     check_apart,
     check_output,
     refuse_events,
     save,
+    work_folder,
 )
 from surgery.stream.source import collector_paused
 from surgery.stream.survey import Survey, check_disk, check_memory, free_bytes, survey
@@ -107,9 +110,11 @@ def plan_recipe(
     out: Path | None = None,
     memory_bytes: int = 1 << 30,
     context: RunContext | None = None,
+    *,
+    refuse: bool = True,
 ) -> Plan:
-    """What a run would do. With `out` it refuses what `run` would refuse (PlanError); without, a
-    shortage of disk is only reported. `context` says where layer steps would walk."""
+    """What a run would do. With `out` it refuses what `run` would refuse (PlanError); without, or unless
+    `refuse`, a shortage of disk is only reported. `context` says where layer steps would walk."""
     recipe = loaded.recipe
     planner = Planner(_beside(loaded, replace(context or RunContext(), memory_bytes=memory_bytes)))
     with collector_paused():
@@ -119,7 +124,7 @@ def plan_recipe(
     plan = Plan(
         checkpoint, estimate, recipe.output.format, out, free, memory_bytes, tuple(planner.walks)
     )  # fmt: skip
-    if out is not None:
+    if out is not None and refuse:
         check_output(out, overwrite=False)
         check_apart(out, checkpoint)
         check_disk(plan.disk_bytes, out)
@@ -147,6 +152,24 @@ def check_walks(plan: Plan) -> None:
             )
 
 
+def check_device(plan: Plan, context: RunContext) -> None:
+    """Refuse walks for which the device is not there, or too small."""
+    device, _ = placement(context.device, context.dtype)
+    if device.type != "cuda":
+        return
+    import torch
+
+    _, total = torch.cuda.mem_get_info(device)
+    for walk in plan.walks:
+        need = walk.get("device_bytes", 0) - walk.get("parts", {}).get("experts_kept", 0)
+        if need > total:
+            raise PlanError(
+                f"the walk of {walk['op']} needs {format_bytes(need)} on the GPU, which has "
+                f"{format_bytes(total)}",
+                hint="walk with shorter demonstrations, or on the CPU",
+            )
+
+
 def run_recipe(
     loaded: LoadedRecipe, out: Path, options: SaveOptions, context: RunContext | None = None
 ) -> SaveResult:
@@ -163,12 +186,14 @@ def run_recipe(
     check_output(out, options.overwrite)
     planned = plan_recipe(loaded, None, options.memory_bytes, context)
     check_apart(out, planned.checkpoint)
-    check_disk(planned.disk_bytes, out)
+    there = 0 if options.fresh else sum(map(bytes_in, (work_folder(out), walk_folder(out))))
+    check_disk(planned.disk_bytes - there, out)
     check_memory(planned.survey, options.memory_bytes)
     check_walks(planned)
     if planned.walks:
-        placement(context.device, context.dtype)
-    with walk_place(out, fresh=options.fresh) as folder:
+        check_device(planned, context)
+    steps = [step.resolved() for step in recipe.steps]
+    with walk_place(out, steps, fresh=options.fresh) as folder:
         with joined_ranks() as ranks:
             walker = Walker(replace(context, ranks=ranks), folder, options.fresh)
             checkpoint = _built(loaded, walker.apply)
@@ -186,12 +211,9 @@ def follow_recipe(
 
 
 def _walking(loaded: LoadedRecipe, options: SaveOptions, context: RunContext | None) -> RunContext:
-    return replace(
-        _beside(loaded, context or RunContext()),
-        memory_bytes=options.memory_bytes,
-        threads=options.threads,
-        progress=options.progress,
-    )
+    """The context of this run; without one of its own it takes the threads of `options`."""
+    context = context or RunContext(threads=options.threads)
+    return replace(_beside(loaded, context), memory_bytes=options.memory_bytes, progress=options.progress)
 
 
 def _save(loaded: LoadedRecipe, checkpoint: Checkpoint, out: Path, options: SaveOptions) -> SaveResult:
@@ -207,7 +229,7 @@ def _save(loaded: LoadedRecipe, checkpoint: Checkpoint, out: Path, options: Save
             shard_bytes=recipe.output.shard_bytes,
             allow_nonfinite=recipe.output.allow_nonfinite,
             recipe=resolved,
-            extras=lambda manifest: _extras(checkpoint, resolved, manifest),
+            extras=lambda manifest: _extras(loaded, checkpoint, resolved, manifest),
         ),
     )
 
@@ -228,16 +250,33 @@ def _folder_of(loaded: LoadedRecipe) -> Path | None:
     return Path(loaded.filename).parent if loaded.text else None
 
 
+def _with_places(value: Any, places: Mapping[str, str]) -> Any:
+    """Params with data files by their absolute paths."""
+    if isinstance(value, Mapping):
+        return {key: _with_places(each, places) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_with_places(each, places) for each in value]
+    return places.get(value, value) if isinstance(value, str) else value
+
+
 def _extras(
-    checkpoint: Checkpoint, resolved: Mapping[str, Any], manifest: Mapping[str, Any]
+    loaded: LoadedRecipe, checkpoint: Checkpoint, resolved: Mapping[str, Any], manifest: Mapping[str, Any]
 ) -> Mapping[str, str]:
-    """The recipe that makes this output again (inputs pinned), and the report."""
+    """The recipe that makes this output again (inputs pinned, data files by absolute paths), and the
+    report."""
+    context = _beside(loaded, RunContext())
+    steps = []
+    for step, params in zip(loaded.recipe.steps, resolved["steps"], strict=True):
+        operator = step.operator
+        names = operator.data_hashes(context) if isinstance(operator, LayerOperator) else {}
+        places = {name: os.path.abspath(find_file(name, context.beside)) for name in names}
+        steps.append(_with_places(params, places))
     parents = {
         source.label: pinned(source.model, source.revision) if source.revision
         else os.path.abspath(source.model)
         for source in checkpoint.inputs
     }  # fmt: skip
-    recipe = {**resolved, "parents": {**resolved["parents"], **parents}}
+    recipe = {**resolved, "parents": {**resolved["parents"], **parents}, "steps": steps}
     return {
         RECIPE: yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True),
         REPORT: render_report(manifest),

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,10 +19,11 @@ from typing import Any
 from surgery.errors import PlanError
 from surgery.operators.protocol import Decision, LayerOperator, Operator, RunContext
 from surgery.stream.checkpoint import Checkpoint, Event
-from surgery.stream.journal import first_difference, lock
+from surgery.stream.journal import LOCK, first_difference, lock
 from surgery.stream.writer import disk_error
 
 DECISION = "decision.json"
+STEPS = "steps.json"
 
 
 @dataclass
@@ -93,11 +94,11 @@ def walk_folder(out: Path) -> Path:
 
 
 @contextmanager
-def walk_place(out: Path, *, fresh: bool) -> Iterator[Path]:
+def walk_place(out: Path, steps: Sequence[Mapping[str, Any]], *, fresh: bool) -> Iterator[Path]:
     """The walks' folder, locked. It stays behind when the context ends with an error, so that the same
-    command resumes."""
+    command resumes; one that other `steps` left is refused."""
     folder = walk_folder(out)
-    if folder.is_dir() and not (folder / "surgery-lock").is_file() and any(folder.iterdir()):
+    if folder.is_dir() and not (folder / LOCK).is_file() and any(folder.iterdir()):
         raise PlanError(
             f"{folder} exists and was not made by surgery",
             hint="move it away, or choose another output folder",
@@ -110,12 +111,27 @@ def walk_place(out: Path, *, fresh: bool) -> Iterator[Path]:
     try:
         if fresh:
             for path in folder.iterdir():
-                if path.is_dir():
-                    shutil.rmtree(path)
+                if path.name != LOCK:
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+        _compare_steps(folder / STEPS, list(steps))
         yield folder
     finally:
         os.close(held)
     shutil.rmtree(folder)
+
+
+def _compare_steps(path: Path, steps: list[Mapping[str, Any]]) -> None:
+    """Note down whose folder this is, or refuse another recipe's."""
+    mine = json.loads(json.dumps(steps))
+    if not path.is_file():
+        path.write_text(json.dumps(mine), encoding="utf-8")
+        return
+    difference = first_difference(json.loads(path.read_text(encoding="utf-8")), mine, "steps")
+    if difference:
+        raise PlanError(
+            f"{path.parent} holds the walk of something else: {difference}",
+            hint="use another output folder, or restart with --fresh",
+        )
 
 
 def read_decision(path: Path, identity: Mapping[str, Any]) -> Decision | None:
@@ -125,6 +141,8 @@ def read_decision(path: Path, identity: Mapping[str, Any]) -> Decision | None:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
+        return None
+    if not isinstance(found, dict) or not {"identity", "data", "texts", "measurements", "events"} <= {*found}:
         return None
     difference = first_difference(found["identity"], json.loads(json.dumps(identity)))
     if difference:

@@ -64,6 +64,8 @@ class SaveOptions:
     recipe: Mapping[str, Any] | None = None
     extras: Extras | None = None
     progress: Progress = silent
+    begun: float = field(default_factory=time.monotonic)
+    """When the run began, by the monotonic clock: before a walk, where there was one."""
 
     def settings(self) -> dict[str, Any]:
         """Those that change what is written."""
@@ -95,7 +97,7 @@ def save(checkpoint: Checkpoint, folder: Path, options: SaveOptions) -> SaveResu
     if any(isinstance(ref, ComputedRef) for ref in checkpoint.tensors.values()):
         import torch  # noqa: F401  (before the threads start, so that they only compute)
     check_work(work)
-    check_disk(plan.disk_bytes - (0 if options.fresh else _bytes_in(work)), folder)
+    check_disk(plan.disk_bytes - (0 if options.fresh else bytes_in(work)), folder)
     try:
         work.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -198,7 +200,7 @@ def fingerprint(checkpoint: Checkpoint, options: SaveOptions) -> dict[str, Any]:
 def _write(
     checkpoint: Checkpoint, folder: Path, work: Path, plan: Survey, journal: Journal, options: SaveOptions
 ) -> SaveResult:
-    started, clock = time.time(), time.monotonic()
+    started = time.time() - (time.monotonic() - options.begun)
     kept = {
         shard.name: journal.shards[shard.name]
         for shard in plan.shards
@@ -240,7 +242,7 @@ def _write(
         files=files,
         run={
             "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
-            "seconds": round(time.monotonic() - clock, 3),
+            "seconds": round(time.monotonic() - options.begun, 3),
             "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
             "threads": options.threads,
             "memory_bytes": options.memory_bytes,
@@ -319,6 +321,6 @@ def _size(path: Path) -> int:
     return path.stat().st_size if path.is_file() else -1
 
 
-def _bytes_in(folder: Path) -> int:
+def bytes_in(folder: Path) -> int:
     """Bytes that an unfinished run already holds."""
-    return sum(path.stat().st_size for path in folder.iterdir() if path.is_file()) if folder.is_dir() else 0
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else 0

@@ -57,7 +57,30 @@ def test_conversations_go_through_the_template(tmp_path: Path, tokenizer: Tokeni
     assert len({ids for _, ids in found.sequences}) == 1
     (ids,) = {ids for _, ids in found.sequences}
     text = {each: tokenizer.plain.encode(each, add_special_tokens=False) for each in ("hi", "yo")}
-    assert list(ids) == [BOS, USER, *text["hi"], USER, *text["yo"], EOS]
+    assert list(ids) == [BOS, USER, *text["hi"], ASSISTANT, *text["yo"], EOS]
+
+
+REASONER = (
+    "{% for m in messages %}{% if m['role'] == 'user' %}<|user|>{{ m['content'] }}{% else %}"
+    "<|assistant|>{{ m['content'].split('</think>')[-1] }}<eos>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>OPEN{% endif %}"
+)
+"""As DeepSeek-R1's: reasoning of past turns is cut out; the variant opens the reasoning itself."""
+
+
+@pytest.mark.parametrize("opened", ["", "<think>\n"])
+def test_reasoning_of_the_last_reply_stays(tmp_path: Path, tokenizer: Tokenizer, opened: str) -> None:
+    tokenizer.plain.chat_template = REASONER.replace("OPEN", opened)
+    row = {"prompt": "hi", "reply": "<think>\nlong</think>yo"}
+    ((_, ids),) = read(write(tmp_path / "d.jsonl", row), tokenizer).sequences
+    said = tokenizer.text(ids).replace("\n", "")
+    assert said == "<bos><|user|>hi<|assistant|><think>long</think>yo<eos>"
+    assert ids[-1] == EOS
+
+
+def test_empty_replies_are_refused(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    with pytest.raises(UsageError, match=r"d\.jsonl:1: the last turn is empty"):
+        read(write(tmp_path / "d.jsonl", {"prompt": "hi", "reply": " "}), tokenizer)
 
 
 def test_other_files_are_one_text(tmp_path: Path, tokenizer: Tokenizer) -> None:

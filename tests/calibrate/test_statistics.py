@@ -115,6 +115,17 @@ def test_contributions_by_the_formula() -> None:
     assert float(token_contributions(residual, torch.zeros_like(routed)).min()) >= 0
 
 
+def test_small_contributions_keep_their_digits() -> None:
+    """Experts that turn the stream by a thousandth: 1 − cos in float32 would be a quarter off."""
+    generator = torch.Generator().manual_seed(2)
+    residual, routed = (torch.randn(9, 7168, generator=generator) for _ in range(2))
+    routed *= 1e-3
+    wide, after = residual.double(), residual.double() + routed.double()
+    expected = 1 - (wide * after).sum(-1) / (wide.norm(dim=-1) * after.norm(dim=-1))
+    found = token_contributions(residual, routed).double()
+    assert float((found - expected).norm() / expected.norm()) < 1e-4
+
+
 def test_norms_are_taken_in_float32() -> None:
     """Sums of squares would round in bfloat16."""
     values = torch.full((2, 300), 1.0, dtype=torch.bfloat16)

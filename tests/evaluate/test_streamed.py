@@ -17,11 +17,13 @@ SENTENCE = "The quick brown fox jumps over the lazy dog. "
 
 
 @pytest.mark.parametrize("family", ["deepseek_v3", "gpt_oss", "llama"])
-def test_logits_of_every_window(tiny: Families, family: str) -> None:
+def test_logits_of_every_window(tiny: Families, family: str, tmp_path: Path) -> None:
     checkpoint = surgery.open(tiny(family))
     windows = [ids for _, ids in sequences((30, 30, 30, 11, 30, 2))]
     cpu = torch.device("cpu")
-    streamed = stream_model(checkpoint, windows, device=cpu, dtype=torch.float32, memory_bytes=1 << 28)
+    streamed = stream_model(
+        checkpoint, windows, device=cpu, dtype=torch.float32, memory_bytes=1 << 28, folder=tmp_path
+    )
     model = whole(checkpoint)
     found = list(streamed.logits())
     assert [len(each) for each in found] == [len(ids) - 1 for ids in windows]

@@ -92,7 +92,7 @@ def test_killed_twice_and_with_hidden_states_on_disk(
     document = recipe(tiny("glm4_moe"), demos(tmp_path / "d.jsonl"))
     surgery.run(document, tmp_path / "whole", context=CONTEXT, threads=1)
     monkeypatch.setattr(walking, "host_share", lambda memory: 0)
-    monkeypatch.setattr(walking, "expert_share", lambda memory: 0)
+    monkeypatch.setattr("surgery.calibrate.walk.expert_share", lambda memory: 0)
     out = tmp_path / "out"
     kill(document, out, "walk", 2)
     assert list(walk_folder(out).glob("step-00/hidden-*.bin"))
@@ -214,7 +214,7 @@ def test_a_file_in_the_way(tiny: Families, tmp_path: Path) -> None:
 
 def test_another_process_holds_the_folder(tiny: Families, tmp_path: Path) -> None:
     document = recipe(tiny("qwen3_moe"), demos(tmp_path / "d.jsonl"))
-    with walk_place(tmp_path / "out", fresh=False), pytest.raises(PlanError, match="another process"):
+    with walk_place(tmp_path / "out", [], fresh=False), pytest.raises(PlanError, match="another process"):
         surgery.run(document, tmp_path / "out")
     surgery.run(document, tmp_path / "out")
 

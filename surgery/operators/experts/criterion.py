@@ -10,6 +10,7 @@ unpruned one, as the methods' own code has it, so that one walk serves any crite
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any, Literal
@@ -32,8 +33,8 @@ if TYPE_CHECKING:
 
 STATISTICS = "surgery_experts.json"
 
-SAMPLE = 4096
-"""Bytes that are looked at in each place of a file to tell models apart."""
+SAMPLE = 128
+"""Bytes of each tensor that are looked at to tell models apart."""
 
 Fields = Mapping[str, "np.ndarray[Any, np.dtype[np.float64]]"]
 """[experts] by the name of the sum, for one layer and one domain."""
@@ -52,7 +53,10 @@ class Criterion(RankedExperts):
     @model_validator(mode="after")
     def _one_source(self) -> Criterion:
         if (self.calibration is None) == (self.statistics is None):
-            raise ValueError("give `calibration` (demonstrations) or `statistics` (of an earlier walk)")
+            given = "both are given" if self.calibration is not None else "neither is given"
+            raise ValueError(
+                f"give `calibration` (demonstrations) or `statistics` (of an earlier walk): {given}"
+            )
         if self.statistics is not None and self.propagate == "changed":
             raise ValueError("`propagate: changed` needs a walk; statistics are of the model as it is")
         return self
@@ -105,7 +109,8 @@ class Criterion(RankedExperts):
         statistics = read_statistics(path)
         if statistics.provenance.get("model") != model_fingerprint(checkpoint):
             raise PlanError(
-                f"{path} was taken on another model than {checkpoint.label}",
+                f"{path} was taken on another model than "
+                f"{', '.join(source.model for source in checkpoint.inputs)}",
                 hint="walk again: give `calibration` instead of `statistics`",
             )
         if statistics.provenance.get("propagate") != "original":
@@ -150,30 +155,36 @@ class Criterion(RankedExperts):
 
 
 def model_fingerprint(checkpoint: Checkpoint) -> str:
-    """The same for the same weights in the same files made by the same steps, wherever they lie.
+    """The same for the same weights in files of the same names, made by the same steps, wherever they lie.
 
     Of every file its size and its header, and what tells models of one shape apart: the etag of a file of
-    the hub, of others a few kilobytes at the beginning, the middle and the end.
+    the hub, of others some bytes out of the middle of every tensor.
     """
     digest = sha256()
     for source in checkpoint.inputs:
         for file in source.files:
-            digest.update(f"{file.name}:{file.size}:{file.header_hash}\n".encode())
-            if file.etag:
-                digest.update(file.etag.encode())
-                continue
-            for offset in (0, file.size // 2, file.size - SAMPLE):
-                digest.update(_bytes_at(file, max(0, offset)))
+            digest.update(f"{file.name}:{file.size}:{file.header_hash}:{file.etag or ''}\n".encode())
+    places = {
+        (part.stored.file.name, part.stored.offset, part.stored.nbytes): part.stored.file
+        for ref in checkpoint.tensors.values()
+        for source_ref in ref.sources()
+        for part in map(source_ref.place, source_ref.parts)
+        if part.stored.file is not None and not part.stored.file.etag and part.stored.nbytes
+    }
+    for (_, offset, nbytes), file in sorted(places.items(), key=lambda each: each[0]):
+        digest.update(_bytes_at(file, offset, nbytes))
     for step in checkpoint.history:
-        digest.update(str({key: value for key, value in step.items() if key != "parents"}).encode())
+        kept = {key: value for key, value in step.items() if key not in ("parents", "result")}
+        digest.update(json.dumps(kept, sort_keys=True).encode())
     return digest.hexdigest()
 
 
-def _bytes_at(file: DataFile, offset: int) -> bytes:
+def _bytes_at(file: DataFile, offset: int, nbytes: int) -> bytes:
     import numpy as np
 
-    buffer = np.empty(min(SAMPLE, file.size - offset), np.uint8)
-    file.read_into(buffer, offset)
+    size = min(SAMPLE, nbytes)
+    buffer = np.empty(size, np.uint8)
+    file.read_into(buffer, offset + (nbytes - size) // 2)
     return buffer.tobytes()
 
 

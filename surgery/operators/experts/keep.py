@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from surgery.calibrate.lines import read_json_file
 from surgery.errors import CheckpointError, PlanError, UsageError
-from surgery.operators.experts.groups import Groups
+from surgery.operators.experts.groups import LEAST_GROUP, Groups
 from surgery.stream.checkpoint import Checkpoint, TensorRef
 from surgery.stream.files import natural_key
 from surgery.stream.reshape import RowsRef, rename_parts, renamed, slab_parts
@@ -165,10 +165,20 @@ def check_keep(shape: ExpertShape, keep: KeepList) -> None:
     if keep.count >= shape.count:
         raise PlanError(f"the keep-list keeps {keep.count} of {shape.count} experts: nothing to drop")
     size, rest = divmod(keep.count, keep.groups.count)
+    if keep.groups.limited and not shape.groups.limited:
+        raise PlanError(
+            f"the keep-list has {keep.groups.count} groups, but this model's router has none",
+            hint="set n_group and topk_group to 1",
+        )
     if rest or keep.groups.chosen * size < shape.top_k or keep.groups.chosen > keep.groups.count:
         raise PlanError(
             f"{keep.count} experts in {keep.groups.count} groups, {keep.groups.chosen} of them to choose "
             f"from, do not give every token {shape.top_k} experts",
+            hint="keep more experts, or set n_group and topk_group to 1",
+        )
+    if keep.groups.limited and size < LEAST_GROUP:
+        raise PlanError(
+            f"groups of {size} are too small: a router scores a group by its {LEAST_GROUP} best experts",
             hint="keep more experts, or set n_group and topk_group to 1",
         )
 
@@ -206,7 +216,12 @@ def keep_tensors(refs: Sequence[TensorRef], kept: tuple[int, ...], shape: Expert
 def _keep_tensor(ref: TensorRef, kept: tuple[int, ...], shape: ExpertShape) -> TensorRef | None:
     """The tensor in the pruned layer; None for those of experts that go."""
     info = ref.info
-    if info.role == "router" and ref.shape and ref.shape[0] == shape.count:
+    if info.role == "router":
+        if not ref.shape or ref.shape[0] != shape.count:
+            raise CheckpointError(
+                f"{ref.name} is part of a router, but of shape {list(ref.shape)} for {shape.count} experts",
+                hint="this architecture's routers are not known well enough to drop experts",
+            )
         return RowsRef(ref, kept)
     if info.role != "routed_expert" or info.expert is None:
         return ref

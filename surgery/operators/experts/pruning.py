@@ -81,6 +81,12 @@ class RankedExperts(DropExperts):
         number = round(count)
         if self.keep >= 1 and number != self.keep:
             raise PlanError(f"keep is {self.keep:g}: a fraction below 1 or a whole number of experts")
+        if number < shape.top_k:
+            raise PlanError(
+                f"keep is {self.keep:g}, {number} of {shape.count} experts: fewer than the {shape.top_k} "
+                "that every token chooses",
+                hint="keep more of them; half of them is keep=0.5",
+            )
         if number >= shape.count:
             raise PlanError(
                 f"keep is {self.keep:g} of {shape.count} experts: nothing would be dropped",

@@ -14,9 +14,7 @@ from surgery.calibrate.batches import Batch, make_batches
 from surgery.calibrate.budget import (
     BATCH_TOKENS,
     estimate_walk,
-    expert_share,
     host_share,
-    largest_experts,
 )
 from surgery.calibrate.data import CalibrationSet, read_calibration
 from surgery.calibrate.experts import Routing
@@ -25,7 +23,7 @@ from surgery.calibrate.skeleton import compute_dtype, device_kind, placement
 from surgery.calibrate.statistics import ExpertStatistics, LayerStatistics
 from surgery.calibrate.threads import torch_threads
 from surgery.calibrate.tokenizer import load_tokenizer
-from surgery.calibrate.walk import LayerObserver, Replay, Walk, WalkSettings
+from surgery.calibrate.walk import LayerObserver, Replay, Walk, WalkSettings, room_for
 from surgery.errors import CheckpointError
 from surgery.operators.experts.criterion import Criterion, model_fingerprint
 from surgery.operators.experts.keep import ExpertShape, keep_tensors, text_section
@@ -180,17 +178,6 @@ def check_walkable(checkpoint: Checkpoint, shape: ExpertShape) -> None:
                 f"{ref.name} is stored as {ref.codec.name}, which can be copied but not computed with",
                 hint=f"{hint}, or start from a bf16 or FP8 checkpoint",
             )
-
-
-def room_for(checkpoint: Checkpoint, device: torch.device, memory_bytes: int) -> tuple[str, int]:
-    """Where a layer's experts are kept between batches, and in how many bytes: a share of the budget on a
-    CPU; on a GPU three fifths of what is free, or page-locked host memory where they do not fit."""
-    if device.type == "cpu":
-        return "device", expert_share(memory_bytes)
-    free, _ = torch.cuda.mem_get_info(device)
-    room = int(free * 0.6)
-    fits = largest_experts(checkpoint) <= room
-    return ("device", room) if fits else ("host", memory_bytes)
 
 
 def calibration_set(

@@ -84,6 +84,7 @@ def test_files_that_hold_no_object(tmp_path: Path, text: str) -> None:
         ({1: (0, 1, 2), 2: (0, 1, 2)}, Groups(2, 1), "3 experts in 2 groups"),
         ({1: (0, 1), 2: (0, 1)}, Groups(2, 1), "2 experts in 2 groups"),
         ({1: (0, 1, 2, 3), 2: (0, 1, 2, 3)}, Groups(2, 3), "3 of them"),
+        ({1: (0, 1, 2, 3), 2: (0, 1, 2, 3)}, Groups(4, 4), "groups of 1 are too small"),
     ],
 )
 def test_lists_that_do_not_fit_the_model(
