@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -348,8 +349,9 @@ def _project(
     return out if bias is None else out + bias
 
 
-def attach(module: nn.Module, experts: RoutedExperts) -> None:
-    """Let transformers' experts module compute with `experts` from now on."""
+@contextmanager
+def attached(module: nn.Module, experts: RoutedExperts) -> Iterator[None]:
+    """Let transformers' experts module compute with `experts`; it holds on to them no longer than that."""
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
     if IMPLEMENTATION not in ALL_EXPERTS_FUNCTIONS:
@@ -357,6 +359,10 @@ def attach(module: nn.Module, experts: RoutedExperts) -> None:
     config: Any = module.config
     config._experts_implementation = IMPLEMENTATION
     module.__dict__["surgery_experts"] = experts
+    try:
+        yield
+    finally:
+        del module.__dict__["surgery_experts"]
 
 
 def _run_attached(

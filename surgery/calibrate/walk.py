@@ -29,7 +29,7 @@ import torch
 from surgery.calibrate.activations import Activations, fill_from, read_states, write_snapshot
 from surgery.calibrate.batches import Batch
 from surgery.calibrate.budget import expert_share, largest_experts
-from surgery.calibrate.experts import ExpertBank, ExpertObserver, RoutedExperts, attach
+from surgery.calibrate.experts import ExpertBank, ExpertObserver, RoutedExperts, attached
 from surgery.calibrate.layers import BuiltLayer, LayeredModel
 from surgery.calibrate.ranks import ONE_RANK, Ranks
 from surgery.calibrate.state import by_expert
@@ -329,6 +329,8 @@ class Walk:
         with ExitStack() as stack:
             stack.callback(model.free_layer, built)
             stack.enter_context(torch.no_grad())
+            if routed and built.experts is not None:
+                stack.enter_context(attached(built.experts, routed))
             stack.enter_context(observer.watch(built) if observer else nullcontext())
             for number, batch in enumerate(self.batches):
                 if observer:
@@ -366,6 +368,4 @@ class Walk:
             settings.room_bytes, settings.keep, self._side,
         )  # fmt: skip
         watching = observer.experts if observer else ()
-        routed = RoutedExperts(bank, watching, settings.ranks, count_only=count_only)
-        attach(built.experts, routed)
-        return routed
+        return RoutedExperts(bank, watching, settings.ranks, count_only=count_only)

@@ -26,7 +26,7 @@ from walk_models import (
 
 import surgery
 from surgery.calibrate.batches import Batch, make_batches
-from surgery.calibrate.walk import Walk
+from surgery.calibrate.walk import Walk, WalkSettings
 from surgery.operators.experts.groups import Groups
 from surgery.operators.experts.keep import ExpertShape, KeepList, apply_keep, expert_shape, keep_tensors
 from surgery.stream.checkpoint import Checkpoint
@@ -211,3 +211,14 @@ def test_several_steps_in_one_walk(tiny: Families, propagate: Any) -> None:
             assert len(step.seen[number]) == len(batches)
             for found, reference in zip(step.seen[number], seen, strict=True):
                 assert distance(found, reference) < 1e-5
+
+
+def test_a_layer_that_is_done_holds_no_experts(tiny: Families) -> None:
+    """What is kept for the next batch must not outlive its layer."""
+    batches = make_batches(sequences((12, 12, 9)), 24)
+    settings = WalkSettings(torch.device("cpu"), torch.float32, 1 << 30, 1 << 30)
+    walk = Walk(surgery.open(tiny("mixtral")), batches, [], settings)
+    walk.run()
+    for layer in range(walk._models[0].num_layers):
+        experts = walk._models[0].experts_of(layer)
+        assert experts is not None and "surgery_experts" not in experts.__dict__
