@@ -156,8 +156,8 @@ def batch_bytes(checkpoint: Checkpoint, tokens: int, itemsize: int) -> int:
 
     Per token: six vectors of the hidden size (input, residual, normed, routed sum and two in passing), twice
     queries, keys and values (before and after the rotation) and the attention's output, and two of the widest
-    MLP's inner size; the router's scores of every expert, four times in float32; one expert's tokens at twice
-    the even share.
+    MLP's inner size; the outputs of all its experts; the router's scores of every expert, four times in
+    float32; one expert's tokens at twice the even share.
     """
     config = _text(checkpoint)
     hidden = int(config.get("hidden_size", 0))
@@ -170,7 +170,7 @@ def batch_bytes(checkpoint: Checkpoint, tokens: int, itemsize: int) -> int:
     top_k = int(config.get(rules.top_k, 0) or 0) if rules else 0
     inner = int(config.get("intermediate_size", 0))
     routed = int(config.get("moe_intermediate_size") or inner)
-    per_token = 6 * hidden + 2 * (2 * query + value) + value + 2 * inner
+    per_token = (6 + top_k) * hidden + 2 * (2 * query + value) + value + 2 * inner
     routing = 4 * 4 * count
     share = 2 * tokens * top_k // count if count else 0
     return tokens * (per_token * itemsize + routing) + share * (2 * hidden + 3 * routed) * itemsize

@@ -290,36 +290,37 @@ class RoutedExperts:
             observer.routed(routing)
         if self.count_only:
             return torch.zeros_like(hidden)
-        out = self._exchanged(hidden, routing) if self.ranks.count > 1 else self._alone(hidden, routing)
+        one_by_one = self.ranks.count == 1 and hidden.device.type == "cpu"
+        out = self._added(hidden, routing) if one_by_one else self._gathered(hidden, routing)
         for observer in self.observers:
             observer.combined(routing, out)
         return out
 
-    def _alone(self, hidden: torch.Tensor, routing: Routing) -> torch.Tensor:
+    def _added(self, hidden: torch.Tensor, routing: Routing) -> torch.Tensor:
+        """Each expert's outputs are added as they come, while they are in the cache."""
         out = torch.zeros_like(hidden)
-        for place, weighted in self._outputs(hidden, routing):
-            _add_rows(out, routing.tokens[place], weighted)
+        gates = routing.gates[:, None]
+        for place, output in self._outputs(hidden, routing):
+            out.index_add_(0, routing.tokens[place], (output * gates[place]).to(hidden.dtype))
         return out
 
-    def _exchanged(self, hidden: torch.Tensor, routing: Routing) -> torch.Tensor:
-        """Every entry has one rank that computes it, so the sum over ranks is exact, -0 aside."""
-        gathered = hidden.new_zeros(routing.num_entries, hidden.shape[1])
-        for place, weighted in self._outputs(hidden, routing):
-            gathered[place] = weighted
-        self.ranks.add_up(gathered)
-        out = torch.zeros_like(hidden)
-        for _, place in routing.places():
-            _add_rows(out, routing.tokens[place], gathered[place])
-        return out
+    def _gathered(self, hidden: torch.Tensor, routing: Routing) -> torch.Tensor:
+        """All outputs first, then the sums in a few operations: less to launch on a GPU, and what ranks
+        exchange. Every entry has one rank that computes it, so the sum over ranks is exact, -0 aside."""
+        outputs = hidden.new_zeros(routing.num_entries, hidden.shape[1])
+        for place, output in self._outputs(hidden, routing):
+            outputs[place] = output
+        outputs.mul_(routing.gates[:, None])
+        self.ranks.add_up(outputs)
+        return sum_in_order(outputs, routing, torch.zeros_like(hidden))
 
     def _outputs(self, hidden: torch.Tensor, routing: Routing) -> Iterator[tuple[slice, torch.Tensor]]:
-        """(where the entries stand, their weighted outputs) of each expert of this rank."""
+        """(where the entries stand, their outputs) of each expert of this rank."""
         mine = {
             expert: place
             for expert, place in routing.places()
             if expert % self.ranks.count == self.ranks.index
         }
-        gates = routing.gates[:, None]
         module = self.bank.module
         for expert, weights in self.bank.stream(list(mine)):
             place = mine[expert]
@@ -330,16 +331,20 @@ class RoutedExperts:
             out = _project(inner, weights.down, weights.down_bias, module.is_transposed)
             for observer in self.observers:
                 observer.expert(expert, place, inputs, inner, out)
-            yield place, (out * gates[place]).to(hidden.dtype)
+            yield place, out
 
 
-def _add_rows(out: torch.Tensor, rows: torch.Tensor, values: torch.Tensor) -> None:
-    """out[rows] += values, each row at most once."""
-    if out.device.type == "cpu":
-        out.index_add_(0, rows, values)
-    else:
-        # index_add_ must expect rows that come twice, and takes twice as long for it.
-        out.index_copy_(0, rows, out[rows] + values)
+def sum_in_order(weighted: torch.Tensor, routing: Routing, out: torch.Tensor) -> torch.Tensor:
+    """Adds the weighted outputs [entries, hidden] of each token to `out` [tokens, hidden] (zeros), in the
+    order of experts and rounded after each, as adding expert by expert does."""
+    if not routing.num_entries:
+        return out
+    # Entries are sorted by expert, so a stable sort by token leaves each token's in the order of experts.
+    by_token = torch.sort(routing.tokens, stable=True).indices.view(-1, routing.index.shape[1])
+    total = weighted[by_token[:, 0]]
+    for choice in range(1, by_token.shape[1]):
+        total += weighted[by_token[:, choice]]
+    return out.index_copy_(0, routing.tokens[by_token[:, 0]], total)
 
 
 def _project(

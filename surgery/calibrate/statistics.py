@@ -141,7 +141,7 @@ class LayerStatistics:
     ) -> None:
         if self._norms is None:
             raise TypeError("an expert ran before the routing was known")
-        self._norms[place] = row_norms(out)
+        row_norms(out, self._norms[place])
 
     def combined(self, routing: Routing, out: torch.Tensor) -> None:
         norms, residual = self._norms, self._residual
@@ -165,11 +165,11 @@ class LayerStatistics:
             )
 
 
-def row_norms(values: torch.Tensor) -> torch.Tensor:
-    """‖·‖₂ of each row of [n, hidden], computed in float32."""
+def row_norms(values: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    """‖·‖₂ of each row of [n, hidden], computed in float32, into `out` where that is given."""
     import torch
 
-    norms: torch.Tensor = torch.linalg.vector_norm(values, dim=-1, dtype=torch.float32)
+    norms: torch.Tensor = torch.linalg.vector_norm(values, dim=-1, dtype=torch.float32, out=out)
     return norms
 
 

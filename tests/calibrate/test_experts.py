@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from walk_models import CPU, Families, distance, experts_of, whole
 
 import surgery
-from surgery.calibrate.experts import ExpertBank, RoutedExperts, Routing, sort_routing
+from surgery.calibrate.experts import ExpertBank, RoutedExperts, Routing, sort_routing, sum_in_order
 from surgery.calibrate.layers import LayeredModel
 from surgery.calibrate.ranks import Ranks
 from surgery.calibrate.state import by_expert
@@ -162,3 +162,18 @@ def test_ranks_split_the_experts(tiny: Families) -> None:
 
     found: Any = RoutedExperts(bank(tiny("mixtral"), 0), ranks=Giving(1, 2))(hidden, index, gates)
     assert torch.equal(found, single)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("padded", [True, False])
+def test_gathered_outputs_sum_to_the_same_bits(dtype: torch.dtype, padded: bool) -> None:
+    """Adding expert by expert, and adding a token's outputs afterwards, round alike."""
+    generator = torch.Generator().manual_seed(5)
+    index = torch.rand(23, 7, generator=generator).topk(3).indices
+    valid = torch.rand(23, generator=generator) < 0.7 if padded else None
+    routing = sort_routing(index, torch.rand(23, 3, generator=generator), 7, valid)
+    weighted = torch.randn(routing.num_entries, 5, generator=generator).to(dtype)
+    expected = torch.zeros(23, 5, dtype=dtype)
+    for _, place in routing.places():
+        expected.index_add_(0, routing.tokens[place], weighted[place])
+    assert torch.equal(sum_in_order(weighted, routing, torch.zeros(23, 5, dtype=dtype)), expected)
