@@ -20,7 +20,7 @@ from surgery.report.distances import DistanceMap, distance_maps, unplaced_distan
 from surgery.report.experts import expert_sections, map_key
 from surgery.report.figures import Stack, comparison_chart, coverage_bars
 from surgery.report.heatmap import common_scale, describe_place, heat_legend, heat_map, in_order
-from surgery.report.summary import base_of, percent, summarise
+from surgery.report.summary import base_of, percent, pruned_to, summarise
 from surgery.report.svg import category
 from surgery.stream.units import format_bytes
 
@@ -41,7 +41,7 @@ def render_report(manifest: Mapping[str, Any], evaluation: Mapping[str, Any] | N
     )  # fmt: skip
     environment.filters["size"] = format_bytes
     return environment.get_template(TEMPLATE).render(
-        title=_title([str(label) for label in _inputs(manifest)]),
+        title=_title(manifest),
         methods=list(dict.fromkeys(str(step.get("op")) for step in manifest.get("steps") or ())),
         summary=summarise(manifest),
         facts=_facts(manifest),
@@ -67,10 +67,18 @@ def _inputs(manifest: Mapping[str, Any]) -> Mapping[str, Any]:
     return manifest.get("inputs") or {}
 
 
-def _title(parents: Sequence[str]) -> str:
-    """The parents, hub ids without their owners as long as that tells them apart."""
-    short = [label.rstrip("/").rpartition("/")[2] for label in parents]
-    return " + ".join(short if len(set(short)) == len(parents) else parents) or "checkpoint"
+def _title(manifest: Mapping[str, Any]) -> str:
+    """The parents, hub ids without their owners as long as that tells them apart, and what pruning left.
+    One parent goes by the name of its model: its label says no more than "model" in one-step forms."""
+    inputs = _inputs(manifest)
+    parents = [str(label) for label in inputs]
+    if len(parents) == 1:
+        model = str((inputs[parents[0]] or {}).get("model") or parents[0])
+        parents = [model.partition("@")[0]]
+    short = [label.rstrip("/").rpartition("/")[2] or label for label in parents]
+    title = " + ".join(short if len(set(short)) == len(parents) else parents) or "checkpoint"
+    left = pruned_to(manifest)
+    return f"{title}, {left}" if left else title
 
 
 def _facts(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:

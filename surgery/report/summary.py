@@ -17,6 +17,8 @@ ALL_OF = {
 }  # fmt: skip
 """How a whole role is called, where that is not its name."""
 COPY = "copy of "
+ROWS = "rows"
+"""The origin of a router that keeps the rows of the experts that stay."""
 
 
 @dataclass
@@ -73,11 +75,28 @@ def summarise(manifest: Mapping[str, Any]) -> Markup:
     else:
         copied = all(share.copied_from is not None for share in found)
         how = "Every tensor is a copy of a parent's bytes." if copied else "The rest is copied byte for byte."
-        sentences = [_composition(found, manifest), _amounts(found, base_of(manifest)), how]
+        sentences = [
+            _composition(found, manifest),
+            _amounts(found, base_of(manifest) or _only(manifest)),
+            how,
+        ]
     dropped = len(manifest.get("dropped") or {})
     if dropped:
-        sentences.append(f"{dropped:,} of the parents' tensors {'is' if dropped == 1 else 'are'} left out.")
+        whose = "parent's" if _only(manifest) else "parents'"
+        sentences.append(f"{dropped:,} of the {whose} tensors {'is' if dropped == 1 else 'are'} left out.")
     return Markup(" ").join(sentences)
+
+
+def _only(manifest: Mapping[str, Any]) -> str | None:
+    """The parent, where there is one: what is copied from it is no news."""
+    labels = [str(label) for label in manifest.get("inputs") or {}]
+    return labels[0] if len(labels) == 1 else None
+
+
+def pruned_to(manifest: Mapping[str, Any]) -> str | None:
+    """How many experts the last step that dropped some left of how many; None without such a step."""
+    rows = [row for row in manifest.get("measurements") or () if row.get("kind") == "experts"]
+    return f"{rows[-1]['kept']} of {rows[0]['experts']} experts" if rows else None
 
 
 def _all_of(share: Share, manifest: Mapping[str, Any]) -> Markup:
@@ -88,7 +107,7 @@ def _all_of(share: Share, manifest: Mapping[str, Any]) -> Markup:
 
 def _composition(found: Sequence[Share], manifest: Mapping[str, Any]) -> Markup:
     """Which roles come from where; the share with the most roles is "everything else"."""
-    base, sources = base_of(manifest), _sources(manifest)
+    base, sources = base_of(manifest) or _only(manifest), _sources(manifest)
     of_role: dict[str, int] = {}
     for share in found:
         for role, count in share.tensors.items():
@@ -111,7 +130,7 @@ def _amounts(found: Sequence[Share], base: str | None) -> Markup:
     for share in found:
         if share.copied_from is None or share.copied_from != base:
             size = f"{format_bytes(share.nbytes)} of {format_bytes(nbytes)}"
-            how = Markup("are computed")
+            how = Markup("are cut to some rows" if share.origin == ROWS else "are computed")
             if share.copied_from is not None:
                 how = Markup("come from {}").format(element("code", share.copied_from))
             amounts.append(
@@ -153,6 +172,8 @@ def _origin(share: Share, sources: Mapping[str, Sequence[str]]) -> Markup:
     if share.copied_from is not None:
         return Markup("of {}").format(element("code", share.copied_from))
     labels = [element("code", label) for label in sources.get(share.origin, ())]
+    if share.origin == ROWS:
+        return Markup("as rows of ") + (_listed(labels) or Markup("a parent's"))
     written = Markup("computed by {}").format(element("code", share.origin))
     return written + " from " + _listed(labels) if labels else written
 

@@ -71,6 +71,19 @@ def test_one_origin() -> None:
     assert words(made()) == "The manifest says nothing of the tensors."
 
 
+def test_a_pruned_model() -> None:
+    """The parent's copies are not counted as news, and a router's rows are not called computed."""
+    manifest = made(
+        row("routed_expert", "copy of v3", 336, 900), row("router", "rows", 14, 100), parents=("v3",),
+        lineage=[{"op": "rows", "inputs": [{"copy": "v3"}]}], dropped={"a": "not kept", "b": "not kept"},
+    )  # fmt: skip
+    manifest["steps"] = [{"op": "experts.easy_ep", "parents": {"<previous>": "v3"}}]
+    assert words(manifest) == (
+        "Routers as rows of `v3`; everything else of `v3`. 14 of 350 tensors, 100 B of 1 kB (10.0%), "
+        "are cut to some rows. The rest is copied byte for byte. 2 of the parent's tensors are left out."
+    )
+
+
 def test_a_label_with_brackets_is_no_reason() -> None:
     parents = ("v3", "v3 (old)")
     coverage = [
