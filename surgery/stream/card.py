@@ -20,26 +20,47 @@ def relation(checkpoint: Checkpoint) -> str | None:
     return None if any(str(step["op"]).startswith("experts.") for step in checkpoint.history) else "quantized"
 
 
+def _pruned(checkpoint: Checkpoint, manifest: Mapping[str, Any]) -> list[str]:
+    """A line for each step that dropped experts: how many stay and by what they were chosen. Lists from a
+    file and random ones measure nothing, so the decision counts; it is not known there of how many."""
+    rows = [row for row in manifest["measurements"] if row.get("kind") == "experts"]
+    lines = []
+    for step in checkpoint.history:
+        decision: Mapping[str, Any] = step.get("decision") or {}
+        if not str(step["op"]).startswith("experts.") or not decision.get("layers"):
+            continue
+        kept = [list(each) for each in decision["layers"].values()]
+        row = next((r for r in rows if [list(layer["kept"]) for layer in r["layers"]] == kept), None)
+        of = f" of {row['experts']}" if row else ""
+        line = f"- {step['op']}: {len(kept[0])}{of} routed experts stay in each layer"
+        calibration = (decision.get("provenance") or {}).get("calibration")
+        if calibration:
+            domains = ", ".join(f"{name} ({count})" for name, count in calibration["domains"].items())
+            line += (
+                f"; calibrated on {calibration['sequences']} sequences, {calibration['tokens']:,} tokens, "
+                f"of {domains} (SHA-256 `{calibration['sha256']}`)"
+            )
+        lines.append(line)
+    return lines
+
+
 def build_card(checkpoint: Checkpoint, manifest: Mapping[str, Any]) -> str:
     """Markdown with YAML front matter."""
     methods = [str(step["op"]).rpartition(".")[2] for step in checkpoint.history]
     kind = relation(checkpoint)
+    pruned = _pruned(checkpoint, manifest)
     # The hub refuses a card whose base models are none of its own.
     bases = [source.model.partition("@")[0] for source in checkpoint.inputs if source.revision]
     front: dict[str, Any] = {
         **({"base_model": bases} if bases else {}),
         **({"base_model_relation": kind} if bases and kind else {}),
         "library_name": "transformers",
-        "tags": ([kind] if kind == "merge" else []) + ["surgery", *dict.fromkeys(methods)],
+        "tags": ([kind] if kind == "merge" else [])
+        + ["surgery", *(["pruned"] if pruned else []), *dict.fromkeys(methods)],
     }
     title = f"# {' + '.join(source.label for source in checkpoint.inputs)}"
     parents = [
         f"| {source.label} | `{source.model}` | {source.revision or ''} |" for source in checkpoint.inputs
-    ]
-    pruned = [
-        f"- {row['op']}: {row['kept']} of {row['experts']} routed experts stay in each layer"
-        for row in manifest["measurements"]
-        if row.get("kind") == "experts"
     ]
     rows = [
         f"| {each['role']}{' (MTP)' if each['mtp'] else ''} | {each['action']} | {each['tensors']} "
