@@ -7,16 +7,15 @@ no outlier in tensors of any size, and density 1 still drops outliers.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import ClassVar
 
 from pydantic import Field
 
-from surgery.operators.merge.method import MethodKernel, Values
+from surgery.operators.merge.method import Values
 from surgery.operators.merge.schedules import Setting
-from surgery.operators.merge.task_vectors import Between, TaskVectorKernel, TaskVectors, Thinning, share
+from surgery.operators.merge.task_vectors import Between, TaskVectors, Thinning, share
 from surgery.operators.merge.ties import DenseSettings
-from surgery.stream.checkpoint import TensorRef
 
 
 class CrumbSettings(DenseSettings):
@@ -37,13 +36,6 @@ class Breadcrumbs(TaskVectors):
         density, gamma = share(values, "density"), share(values, "gamma")
         return None if density == 1.0 and not gamma else Between(density, gamma)
 
-    def kernel(
-        self, labels: Sequence[str], models: Mapping[str, Values], step: Values, ref: TensorRef
-    ) -> MethodKernel:
-        return TaskVectorKernel(
-            self.op,
-            labels,
-            [self._thinning(name, values) or Thinning() for name, values in models.items()],
-            [values["weight"] for values in models.values()],
-            scale=step["scale"], consensus=self.elect_signs, normalize=self.normalize,
-        )  # fmt: skip
+    @property
+    def elects(self) -> bool:
+        return self.elect_signs

@@ -160,6 +160,10 @@ class TaskVectors(Method):
         return None
 
     @property
+    def elects(self) -> bool:
+        return self.consensus
+
+    @property
     def l1(self) -> bool:
         return False
 
@@ -181,7 +185,7 @@ class TaskVectors(Method):
             labels,
             [self._thinning(name, values) or Thinning() for name, values in models.items()],
             [values["weight"] for values in models.values()],
-            scale=step["scale"], consensus=self.consensus, normalize=self.normalize, l1=self.l1,
+            scale=step["scale"], consensus=self.elects, normalize=self.normalize, l1=self.l1,
         )  # fmt: skip
 
     def _thinning(self, model: str, values: Values) -> Thinning | None:
