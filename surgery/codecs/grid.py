@@ -1,0 +1,72 @@
+"""Grids of whole numbers: the codes, scales and zero points of group quantization, in any stored layout.
+
+    w[r, c] = (code[r, c] − zero[r, g]) · scale[r, g],      code ∈ 0 … 2^b − 1,  g the group of column c
+
+Columns are grouped in runs of `group_size` (0: the whole row is one group). A symmetric grid has the zero
+point 2^(b−1) everywhere, so it is not stored. Grids over a group's values (compressed-tensors' rules):
+
+    symmetric    scale = 2 · max|w| / (2^b − 1)
+    asymmetric   scale = (max − min) / (2^b − 1) with 0 inside the range,  zero = round(−min / scale)
+
+and 1 where that is zero. Scales are rounded to the dtype that they are stored in before a code is chosen, so
+that what was computed with is what readers get. Codes are round(w / scale) + zero, to nearest with ties to
+even, clamped; float32 with separately rounded operations throughout.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from surgery.codecs.schemes import IntScheme
+
+
+class Grid(NamedTuple):
+    """float32 scales and uint8 zero points, [..., rows, groups] each."""
+
+    scales: torch.Tensor
+    zeros: torch.Tensor
+
+
+class Quantized(NamedTuple):
+    """uint8 codes [..., rows, cols] on a grid [..., rows, groups]; columns are in runs of cols / groups."""
+
+    codes: torch.Tensor
+    scales: torch.Tensor
+    zeros: torch.Tensor
+
+    def values(self) -> torch.Tensor:
+        """float32 [..., rows, cols]."""
+        *lead, cols = self.codes.shape
+        codes = self.codes.view(*lead, self.scales.shape[-1], -1).float()
+        return ((codes - self.zeros.float()[..., None]) * self.scales[..., None]).view(*lead, cols)
+
+
+def absmax_grid(weights: torch.Tensor, scheme: IntScheme, scale_dtype: torch.dtype = torch.float32) -> Grid:
+    """The grid that spans the values of every group of [..., rows, cols]."""
+    *lead, cols = weights.shape
+    grouped = weights.view(*lead, scheme.groups(cols), -1)
+    low, high = grouped.amin(-1).clamp(max=0), grouped.amax(-1).clamp(min=0)
+    return span_grid(low, high, scheme, scale_dtype)
+
+
+def span_grid(low: torch.Tensor, high: torch.Tensor, scheme: IntScheme, scale_dtype: torch.dtype) -> Grid:
+    """The grid over low (≤ 0) to high (≥ 0), element by element."""
+    if scheme.symmetric:
+        scales = 2 * torch.maximum(high, -low) / scheme.top
+    else:
+        scales = (high - low) / scheme.top
+    scales = scales.to(scale_dtype).float()
+    scales = torch.where(scales == 0, 1.0, scales)
+    if scheme.symmetric:
+        return Grid(scales, torch.full_like(scales, scheme.middle, dtype=torch.uint8))
+    return Grid(scales, torch.round(-low / scales).clamp(0, scheme.top).to(torch.uint8))
+
+
+def quantize(weights: torch.Tensor, grid: Grid, scheme: IntScheme) -> Quantized:
+    """The nearest codes on a grid, of [..., rows, cols]."""
+    *lead, cols = weights.shape
+    grouped = weights.view(*lead, grid.scales.shape[-1], -1)
+    codes = torch.round(grouped / grid.scales[..., None]) + grid.zeros.float()[..., None]
+    return Quantized(codes.clamp(0, scheme.top).to(torch.uint8).view(*lead, cols), grid.scales, grid.zeros)
