@@ -23,7 +23,7 @@ _INT = re.compile(r"int(\d+)((?:-(?:g\d+|channel|asym|sym))*)")
 
 @dataclass(frozen=True, slots=True)
 class IntScheme:
-    """How fine: `bits` of a code, columns of a group (0: the whole row), and whether 0 is the grid's middle."""
+    """`bits` of a code, columns of a group (0: the whole row), and whether 0 is the middle of the grid."""
 
     bits: int
     group_size: int = 0
