@@ -87,6 +87,8 @@ def pending_ref(ref: TensorRef, codec: Codec, op: str) -> TensorRef:
 
 def write_spool(path: Path, tensors: Sequence[Made]) -> str:
     """Write the parts of `tensors` to `path`; the SHA-256 of the file. Raises PlanError on a full disk."""
+    import numpy as np
+
     entries, pieces = [], []
     for made in tensors:
         for spec in made.codec.parts(made.ref.shape):
@@ -96,7 +98,8 @@ def write_spool(path: Path, tensors: Sequence[Made]) -> str:
     digest = sha256()
     try:
         with open(temporary, "wb") as file:
-            for data in (build_header(entries, {}), *(piece.data for piece in pieces)):
+            for piece in (np.frombuffer(build_header(entries, {}), np.uint8), *pieces):
+                data = memoryview(piece)  # type: ignore[arg-type]
                 digest.update(data)
                 file.write(data)
             file.flush()
