@@ -123,6 +123,8 @@ class LayerOperator(Operator):
     """Base of the operators that need activations, or whole weights, before they know what to do."""
 
     kind: ClassVar[Kind] = "layer"
+    experts_share: ClassVar[float] = 0.6
+    """Of a GPU's free memory, what a layer's experts may take while it walks."""
 
     input: str | None = None
     """The checkpoint to work on; by default the result of the step before, or the only parent."""

@@ -53,7 +53,8 @@ def walk_together(
         for operator, own in zip(operators, contexts, strict=True):
             participants.append(operator.join(outlined, own))
             outlined = operator.outline({operator.input_names()[0]: outlined}, own)
-        keep, room = room_for(checkpoint, device, context.memory_bytes)
+        share = min(operator.experts_share for operator in operators)
+        keep, room = room_for(checkpoint, device, context.memory_bytes, share)
         settings = WalkSettings(
             device, dtype, room_bytes=room, keep=keep, host_bytes=host_share(context.memory_bytes),
             folder=context.folder, snapshot_seconds=context.snapshot_seconds, ranks=context.ranks,
