@@ -15,13 +15,16 @@ from surgery.cli.options import (
     DEFAULT_MEMORY,
     Device,
     Dtype,
+    Fresh,
     Json,
     Memory,
     Out,
+    Overwrite,
     Quiet,
     Recipe,
     RemoteCode,
     Set,
+    Strict,
     Threads,
     memory_bytes,
 )
@@ -51,11 +54,9 @@ def run(
     dtype: Dtype = None,
     trust_remote_code: RemoteCode = False,
     no_hash: Annotated[bool, typer.Option("--no-hash", help="Do not hash files while writing.")] = False,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Restart instead of resuming.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a finished output.")] = False,
-    strict: Annotated[
-        bool, typer.Option("--strict", help="Treat every note as an error (exit code 7).")
-    ] = False,
+    fresh: Fresh = False,
+    overwrite: Overwrite = False,
+    strict: Strict = False,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
