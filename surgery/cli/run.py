@@ -105,6 +105,7 @@ def resumable() -> Iterator[None]:
 def show_result(output: Output, folder: Path, manifest: Any) -> None:
     """What was written, where every tensor came from, and how far the parents are apart."""
     from surgery.report.by_role import distance_rows
+    from surgery.report.matrices import in_words, matrix_tables
     from surgery.stream.units import format_bytes
 
     if output.json:
@@ -124,6 +125,9 @@ def show_result(output: Output, folder: Path, manifest: Any) -> None:
     for row in manifest["measurements"]:
         if row.get("kind") == "experts":
             output.say(f"{row['op']}: {row['kept']} of {row['experts']} experts stay in each layer")
+    for op, rows in matrix_tables(manifest):
+        for sentence in in_words(op, rows):
+            output.say(sentence)
     if manifest["dropped"]:
         output.say(f"{len(manifest['dropped'])} tensors were dropped; the manifest names each and says why")
     ran = manifest["run"]
