@@ -1,6 +1,6 @@
 // The loops over one run of rows or blocks, compiled once for each instruction set.
 #pragma once
-#include <stdint.h>
+#include "../core/sweep.h"
 
 // Parents of a weighted sum and where it goes. Matrices are [rows, cols], row-major; scales and
 // sums lie by 128 x 128 block, [ceil(rows/128), ceil(cols/128)] and [blocks, count].
@@ -21,7 +21,17 @@ struct Combine {
 struct Loops {
     void (*decode)(const uint8_t*, const float*, void*, int32_t, int64_t, int64_t, int64_t);
     void (*combine)(const Combine*, int64_t, int64_t);
+    void (*sweep)(const surgery::Sweep*, int64_t, int64_t);
 };
+
+// SURGERY_SET is the instruction set of a build of the loops: portable, avx2 or avx512.
+#ifdef SURGERY_SET
+#define SURGERY_JOIN(name, set) name##_##set
+#define SURGERY_NAME(name, set) SURGERY_JOIN(name, set)
+#define SURGERY_LOOPS SURGERY_NAME(surgery_loops, SURGERY_SET)
+#define SURGERY_SWEEP SURGERY_NAME(surgery_sweep, SURGERY_SET)
+extern "C" void SURGERY_SWEEP(const surgery::Sweep*, int64_t, int64_t);
+#endif
 
 extern "C" {
 extern const Loops surgery_loops_portable, surgery_loops_avx2, surgery_loops_avx512;

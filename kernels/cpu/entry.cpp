@@ -61,4 +61,11 @@ int32_t surgery_cpu_combine(const Loops* chosen, const Combine* job, int32_t thr
     return 0;
 }
 
+int32_t surgery_cpu_sweep(const Loops* chosen, const surgery::Sweep* job, int32_t threads) {
+    const Loops& use = chosen ? *chosen : loops();
+    const int64_t tiles = job->batch * ((job->rows + 15) / 16);
+    share(tiles, threads, [&use, job](int64_t first, int64_t last) { use.sweep(job, first, last); });
+    return 0;
+}
+
 }

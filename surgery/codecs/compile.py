@@ -71,9 +71,9 @@ def cpu_library() -> Path:
     with _workspace() as scratch:
         work = Path(scratch)
         for name in sets:
-            define = f"-DSURGERY_LOOPS=surgery_loops_{name}"
-            unit = (str(source / "blocks.cpp"), "-o", str(work / f"{name}.o"))
-            _run((compiler, *CXX_FLAGS, *SETS[name], define, "-c", *unit))
+            for loops in ("blocks", "sweep"):
+                unit = (str(source / f"{loops}.cpp"), "-o", str(work / f"{loops}-{name}.o"))
+                _run((compiler, *CXX_FLAGS, *SETS[name], f"-DSURGERY_SET={name}", "-c", *unit))
         _run((compiler, *CXX_FLAGS, "-c", str(source / "entry.cpp"), "-o", str(work / "entry.o")))
         objects = [str(path) for path in sorted(work.glob("*.o"))]
         _run((compiler, "-shared", "-pthread", *objects, "-o", str(work / target.name)))
@@ -93,8 +93,8 @@ def cuda_library(targets: Sequence[str] = CUDA_TARGETS) -> Path:
         return target
     with _workspace() as scratch:
         built = Path(scratch) / target.name
-        source = str(kernel_folder() / "cuda" / "blocks.cu")
-        _run((compiler, *flags, "-shared", "-cudart=static", source, "-o", str(built)))
+        sources = sorted(str(path) for path in (kernel_folder() / "cuda").glob("*.cu"))
+        _run((compiler, *flags, "-shared", "-cudart=static", *sources, "-o", str(built)))
         built.replace(target)
     return target
 

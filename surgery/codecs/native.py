@@ -39,6 +39,40 @@ class Combine(ctypes.Structure):
     )
 
 
+class Sweep(ctypes.Structure):
+    """struct Sweep of kernels/core/sweep.h."""
+
+    _fields_ = (
+        ("weights", ctypes.c_void_p),
+        ("weight_batch", ctypes.c_int64),
+        ("weight_row", ctypes.c_int64),
+        ("factor", ctypes.c_void_p),
+        ("factor_batch", ctypes.c_int64),
+        ("factor_row", ctypes.c_int64),
+        ("mask", ctypes.c_void_p),
+        ("mask_batch", ctypes.c_int64),
+        ("mask_row", ctypes.c_int64),
+        ("scales", ctypes.c_void_p),
+        ("zeros", ctypes.c_void_p),
+        ("group", ctypes.c_void_p),
+        ("group_batch", ctypes.c_int64),
+        ("values", ctypes.c_void_p),
+        ("value_batch", ctypes.c_int64),
+        ("value_row", ctypes.c_int64),
+        ("errors", ctypes.c_void_p),
+        ("codes", ctypes.c_void_p),
+        ("code_batch", ctypes.c_int64),
+        ("code_row", ctypes.c_int64),
+        ("batch", ctypes.c_int64),
+        ("rows", ctypes.c_int64),
+        ("groups", ctypes.c_int64),
+        ("cols", ctypes.c_int32),
+        ("prune", ctypes.c_int32),
+        ("of", ctypes.c_int32),
+        ("top", ctypes.c_int32),
+    )
+
+
 @dataclass(frozen=True)
 class Native:
     """A loaded library (None where there is none) and what to tell about it."""
@@ -90,6 +124,7 @@ def _load_cpu() -> Native:
     pointer, i32, i64 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
     library.surgery_cpu_decode.argtypes = (pointer, pointer, pointer, pointer, i32, i64, i64, i32)
     library.surgery_cpu_combine.argtypes = (pointer, ctypes.POINTER(Combine), i32)
+    library.surgery_cpu_sweep.argtypes = (pointer, ctypes.POINTER(Sweep), i32)
     library.surgery_cpu_isa.restype = ctypes.c_char_p
     return Native(library, f"cpu {library.surgery_cpu_isa().decode()}", compiler=compiler)
 
@@ -105,6 +140,7 @@ def _load_cuda(capability: tuple[int, int]) -> Native:
     pointer, i32, i64 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
     library.surgery_cuda_decode.argtypes = (pointer, pointer, pointer, i32, i64, i64, pointer)
     library.surgery_cuda_combine.argtypes = (ctypes.POINTER(Combine), pointer)
+    library.surgery_cuda_sweep.argtypes = (ctypes.POINTER(Sweep), pointer)
     library.surgery_cuda_error.argtypes = (i32,)
     library.surgery_cuda_error.restype = ctypes.c_char_p
     return Native(library, f"cuda sm_{name}", compiler=compiler)

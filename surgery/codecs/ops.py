@@ -14,7 +14,8 @@ from functools import lru_cache
 
 import torch
 
-from surgery.codecs import native, reference
+from surgery.codecs import column_sweep, native, reference
+from surgery.codecs.column_sweep import BlockGrid, SweptBlock
 from surgery.codecs.reference import BLOCK
 from surgery.errors import SurgeryError, UsageError
 
@@ -119,6 +120,139 @@ def block_squares(base: torch.Tensor, others: Sequence[torch.Tensor]) -> torch.T
     operands = [Operand(each.contiguous()) for each in (base, *others)]
     _combine(found, operands, (1.0,) * len(operands), None, sums, False)
     return sums
+
+
+def sweep_block(
+    weights: torch.Tensor,
+    factor: torch.Tensor,
+    *,
+    mask: torch.Tensor | None = None,
+    pattern: tuple[int, int] | None = None,
+    grid: BlockGrid | None = None,
+    into: SweptBlock | None = None,
+) -> SweptBlock:
+    """`column_sweep.sweep_block` to the last bit: sweep float32 weights [batch, rows, cols] with the block
+    [batch, cols, cols] of U.
+
+    Operands may be slices of larger matrices. `into` is where results go: its values, which may be the
+    weights, and its codes may be slices too. Native up to 128 columns and 16 of a pattern, the torch form
+    beyond. CUDA does not check that `grid.group` lies within the groups.
+    """
+    _check_sweep(weights, factor, mask, pattern, grid)
+    into = into or SweptBlock(
+        torch.empty(weights.shape, dtype=torch.float32, device=weights.device),
+        torch.empty(weights.shape, dtype=torch.float32, device=weights.device),
+        torch.empty(weights.shape, dtype=torch.uint8, device=weights.device) if grid else None,
+    )
+    _check_results(weights, grid, into)
+    found = library_for(weights)
+    batch, rows, cols = weights.shape
+    if found.library is None or not weights.numel() or cols > 128 or (pattern and pattern[1] > 16):
+        swept = column_sweep.sweep_block(weights, factor, mask=mask, pattern=pattern, grid=grid)
+        for mine, theirs in zip(into, swept, strict=True):
+            if mine is not None and theirs is not None:
+                mine.copy_(theirs)
+        return into
+    weights, factor = _dense(weights), _dense(factor)
+    mask = None if mask is None or pattern else _dense(mask.view(torch.uint8))
+    if grid is not None:
+        grid = BlockGrid(grid.scales.contiguous(), grid.zeros.contiguous(), _dense(grid.group), grid.top)
+    job = native.Sweep(
+        **_strided(weights, "weights", "weight"),
+        **_strided(factor, "factor", "factor"),
+        **_strided(mask, "mask", "mask"),
+        scales=_place(grid.scales if grid else None),
+        zeros=_place(grid.zeros if grid else None),
+        group=_place(grid.group if grid else None),
+        group_batch=grid.group.stride(0) if grid else 0,
+        **_strided(into.values, "values", "value"),
+        errors=into.errors.data_ptr(),
+        **_strided(into.codes if grid else None, "codes", "code"),
+        batch=batch,
+        rows=rows,
+        groups=grid.scales.shape[-1] if grid else 0,
+        cols=cols,
+        prune=pattern[0] if pattern else 0,
+        of=pattern[1] if pattern else 0,
+        top=grid.top if grid else 0,
+    )
+    if weights.device.type == "cuda":
+        with torch.cuda.device(weights.device):
+            stream = torch.cuda.current_stream().cuda_stream
+            _raise(found, found.library.surgery_cuda_sweep(ctypes.byref(job), stream))
+    else:
+        found.library.surgery_cpu_sweep(None, ctypes.byref(job), torch.get_num_threads())
+    return into
+
+
+def _dense(tensor: torch.Tensor) -> torch.Tensor:
+    """As it is, or a copy where the last dimension is not contiguous."""
+    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+
+
+def _strided(tensor: torch.Tensor | None, name: str, one: str) -> dict[str, int | None]:
+    if tensor is None:
+        return {name: None, f"{one}_batch": 0, f"{one}_row": 0}
+    return {name: tensor.data_ptr(), f"{one}_batch": tensor.stride(0), f"{one}_row": tensor.stride(1)}
+
+
+def _check_sweep(
+    weights: torch.Tensor,
+    factor: torch.Tensor,
+    mask: torch.Tensor | None,
+    pattern: tuple[int, int] | None,
+    grid: BlockGrid | None,
+) -> None:
+    if weights.dim() != 3 or weights.dtype != torch.float32:
+        raise UsageError(f"a sweep is over float32 [batch, rows, cols], not {_told(weights)}")
+    batch, rows, cols = weights.shape
+    _fits("factor", factor, (batch, cols, cols), (torch.float32,), weights)
+    if mask is not None:
+        _fits("mask", mask, (batch, rows, cols), (torch.uint8, torch.bool), weights)
+    if pattern is not None and not (0 < pattern[0] <= pattern[1] and cols % pattern[1] == 0):
+        raise UsageError(f"the pattern {pattern[0]}:{pattern[1]} does not fit {cols} columns")
+    if grid is None:
+        return
+    groups = grid.scales.shape[-1]
+    _fits("scales", grid.scales, (batch, rows, groups), (torch.float32,), weights)
+    _fits("zeros", grid.zeros, (batch, rows, groups), (torch.uint8,), weights)
+    _fits("group", grid.group, (batch, cols), (torch.int32,), weights)
+    if not 0 < grid.top < 256:
+        raise UsageError(f"codes end at 1 to 255, not at {grid.top}")
+    if weights.device.type == "cpu" and weights.numel():
+        low, high = grid.group.aminmax()
+        if low < 0 or high >= groups:
+            raise UsageError(f"columns are in groups {int(low)} to {int(high)}, but there are {groups}")
+
+
+def _check_results(weights: torch.Tensor, grid: BlockGrid | None, into: SweptBlock) -> None:
+    shape = tuple(weights.shape)
+    _fits("values", into.values, shape, (torch.float32,), weights)
+    _fits("errors", into.errors, shape, (torch.float32,), weights)
+    places = [into.values]
+    if grid is not None:
+        if into.codes is None:
+            raise UsageError("there is a grid, but no place for codes")
+        _fits("codes", into.codes, shape, (torch.uint8,), weights)
+        places.append(into.codes)
+    if not into.errors.is_contiguous() or any(each.stride(-1) != 1 < each.shape[-1] for each in places):
+        raise UsageError("errors must be contiguous, values and codes in their last dimension")
+
+
+def _fits(
+    name: str,
+    tensor: torch.Tensor,
+    shape: tuple[int, ...],
+    dtypes: tuple[torch.dtype, ...],
+    like: torch.Tensor,
+) -> None:
+    if tuple(tensor.shape) != shape or tensor.dtype not in dtypes or tensor.device != like.device:
+        wanted = f"{str(dtypes[0]).removeprefix('torch.')} {list(shape)} on {like.device}"
+        raise UsageError(f"{name} must be {wanted}, not {_told(tensor)} on {tensor.device}")
+
+
+def _told(tensor: torch.Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
 
 
 def _assemble_by_reference(
