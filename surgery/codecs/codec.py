@@ -34,12 +34,18 @@ WHOLE = 1 << 40
 
 
 class PartSpec(NamedTuple):
-    """One stored tensor of the form: `suffix` is what its name has beyond the logical name."""
+    """One stored tensor of the form: `suffix` is what its name has beyond the logical name, less `replaces`
+    (AutoGPTQ stores `X.weight` as `X.qweight`)."""
 
     key: str
     suffix: str
     dtype: str
     shape: tuple[int, ...]
+    replaces: str = ""
+
+    def stored_name(self, logical: str) -> str:
+        """The name in files."""
+        return logical.removesuffix(self.replaces) + self.suffix
 
 
 class Codec(Protocol):
