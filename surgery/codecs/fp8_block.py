@@ -110,6 +110,9 @@ class Fp8Block:
             kept = scales.view(torch.uint8)
         return {"weight": codes.view(-1).numpy(), "scale": kept.reshape(-1).numpy()}
 
+    def constants(self, shape: tuple[int, ...]) -> dict[str, np.ndarray[Any, Any]]:
+        return {}
+
     def finite(self, key: str, raw: np.ndarray[Any, Any]) -> bool:
         if key == "weight":
             return not all_exponent_bits_set(raw, NAN_CODE)

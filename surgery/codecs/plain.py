@@ -63,6 +63,9 @@ class Plain:
         values = tile.to(getattr(torch, TORCH_DTYPES[self.dtype])).contiguous()
         return {"weight": values.view(-1).view(torch.uint8).numpy()}
 
+    def constants(self, shape: tuple[int, ...]) -> dict[str, np.ndarray[Any, Any]]:
+        return {}
+
     def finite(self, key: str, raw: np.ndarray[Any, Any]) -> bool:
         if not raw.size:
             return True
@@ -100,6 +103,9 @@ class Opaque:
 
     def encode(self, tile: torch.Tensor) -> dict[str, np.ndarray[Any, Any]]:
         raise self._refusal()
+
+    def constants(self, shape: tuple[int, ...]) -> dict[str, np.ndarray[Any, Any]]:
+        return {}
 
     def finite(self, key: str, raw: np.ndarray[Any, Any]) -> bool:
         return True
