@@ -14,7 +14,7 @@ flattened, a one-dimensional one as rows alone, a scalar as one row.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
@@ -33,13 +33,28 @@ WHOLE = 1 << 40
 """The granule of forms whose rows cannot be cut: no tensor has as many."""
 
 
+_ITEMSIZE = {"U8": 1, "F16": 2, "F32": 4, "I32": 4}
+
+
 class PartSpec(NamedTuple):
-    """One stored tensor of the form: `suffix` is what its name has beyond the logical name."""
+    """One stored tensor of the form: `suffix` is what its name has beyond the logical name, or in place of
+    the logical name's last word where it begins with a letter (`X.weight` is stored as `X.qweight`)."""
 
     key: str
     suffix: str
     dtype: str
     shape: tuple[int, ...]
+
+    def named(self, logical: str) -> str:
+        """Its stored name."""
+        if self.suffix[:1].isalpha():
+            return logical.rpartition(".")[0] + "." + self.suffix
+        return logical + self.suffix
+
+
+def whole_spans(parts: Iterable[PartSpec]) -> Spans:
+    """The spans of a form whose rows cannot be cut: every part from end to end."""
+    return {part.key: (0, prod(part.shape) * _ITEMSIZE[part.dtype]) for part in parts}
 
 
 class Codec(Protocol):
