@@ -50,9 +50,9 @@ class Awq:
     def parts(self, shape: tuple[int, ...]) -> tuple[PartSpec, ...]:
         (rows, cols), groups = shape, self._groups(shape)
         return (
-            PartSpec("qweight", "qweight", "I32", (cols, rows // PER_WORD)),
-            PartSpec("qzeros", "qzeros", "I32", (groups, rows // PER_WORD)),
-            PartSpec("scales", "scales", "F16", (groups, rows)),
+            PartSpec("qweight", "qweight", "I32", (cols, rows // PER_WORD), "weight"),
+            PartSpec("qzeros", "qzeros", "I32", (groups, rows // PER_WORD), "weight"),
+            PartSpec("scales", "scales", "F16", (groups, rows), "weight"),
         )
 
     def spans(self, shape: tuple[int, ...], start: int, stop: int) -> Spans:

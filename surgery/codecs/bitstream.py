@@ -8,7 +8,10 @@ before 0.17: ⌊32/b⌋ codes a word, the bits above them 0. Where b divides 32 
 
 from __future__ import annotations
 
-import torch
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 WORD = 32
 
@@ -22,6 +25,8 @@ def word_count(codes: int, bits: int, *, padded: bool = False) -> int:
 
 def pack(codes: torch.Tensor, bits: int, *, padded: bool = False) -> torch.Tensor:
     """int32 words [rows, word_count(n, bits)] of uint8 codes [rows, n], each below 2^bits."""
+    import torch
+
     if padded and WORD % bits:
         return _pack_padded(codes, bits)
     rows, count = codes.shape
@@ -42,6 +47,8 @@ def pack(codes: torch.Tensor, bits: int, *, padded: bool = False) -> torch.Tenso
 
 def unpack(words: torch.Tensor, bits: int, count: int, *, padded: bool = False) -> torch.Tensor:
     """uint8 codes [rows, count] of int32 words [rows, word_count(count, bits)]."""
+    import torch
+
     if padded and WORD % bits:
         return _unpack_padded(words, bits, count)
     rows = words.shape[0]
@@ -73,6 +80,8 @@ def _mask(ones: int, period: int) -> int:
 
 
 def _pack_padded(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    import torch
+
     per_word = WORD // bits
     rows, count = codes.shape
     wide = torch.nn.functional.pad(codes, (0, -count % per_word)).to(torch.int32)
@@ -81,6 +90,8 @@ def _pack_padded(codes: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def _unpack_padded(words: torch.Tensor, bits: int, count: int) -> torch.Tensor:
+    import torch
+
     places = torch.arange(WORD // bits, dtype=torch.int32, device=words.device) * bits
     codes = (words[..., None] >> places) & ((1 << bits) - 1)
     return codes.flatten(1)[:, :count].to(torch.uint8)

@@ -37,19 +37,18 @@ _ITEMSIZE = {"U8": 1, "F16": 2, "F32": 4, "I32": 4}
 
 
 class PartSpec(NamedTuple):
-    """One stored tensor of the form: `suffix` is what its name has beyond the logical name, or in place of
-    the logical name's last word where it begins with a letter (`X.weight` is stored as `X.qweight`)."""
+    """One stored tensor of the form: `suffix` is what its name has beyond the logical name, less `replaces`
+    (AutoGPTQ stores `X.weight` as `X.qweight`)."""
 
     key: str
     suffix: str
     dtype: str
     shape: tuple[int, ...]
+    replaces: str = ""
 
-    def named(self, logical: str) -> str:
-        """Its stored name."""
-        if self.suffix[:1].isalpha():
-            return logical.rpartition(".")[0] + "." + self.suffix
-        return logical + self.suffix
+    def stored_name(self, logical: str) -> str:
+        """The name in files."""
+        return logical.removesuffix(self.replaces) + self.suffix
 
 
 def whole_spans(parts: Iterable[PartSpec]) -> Spans:

@@ -52,18 +52,17 @@ class Gptq:
 
     @property
     def name(self) -> str:
-        return (
-            f"gptq{'-v2' if self.version == 2 else ''} {self.scheme}{' act-order' if self.act_order else ''}"
-        )
+        version = "gptq-v2" if self.version == 2 else "gptq"
+        return f"{version} {self.scheme}{' act-order' if self.act_order else ''}"
 
     def parts(self, shape: tuple[int, ...]) -> tuple[PartSpec, ...]:
         rows, cols = shape
         groups, bits = self._groups(shape), self.scheme.bits
         return (
-            PartSpec("qweight", "qweight", "I32", (cols * bits // WORD, rows)),
-            PartSpec("qzeros", "qzeros", "I32", (groups, rows * bits // WORD)),
-            PartSpec("scales", "scales", "F16", (groups, rows)),
-            PartSpec("g_idx", "g_idx", "I32", (cols,)),
+            PartSpec("qweight", "qweight", "I32", (cols * bits // WORD, rows), "weight"),
+            PartSpec("qzeros", "qzeros", "I32", (groups, rows * bits // WORD), "weight"),
+            PartSpec("scales", "scales", "F16", (groups, rows), "weight"),
+            PartSpec("g_idx", "g_idx", "I32", (cols,), "weight"),
         )
 
     def spans(self, shape: tuple[int, ...], start: int, stop: int) -> Spans:
@@ -85,8 +84,8 @@ class Gptq:
         codes, scales, zeros, group = self._unpacked(shape, raw)
         if not torch.equal(group, _runs(shape[1], scales.shape[1])):
             raise CheckpointError(
-                f"a GPTQ tensor of shape {list(shape)} is in act-order: its groups are no runs of columns, so "
-                "its codes fit no other form",
+                f"a GPTQ tensor of shape {list(shape)} is in act-order: its groups are no runs of "
+                "columns, so its codes fit no other form",
                 hint="write output.format=bf16",
             )
         if self.scheme.symmetric and not bool((zeros == self.scheme.middle).all()):

@@ -53,7 +53,7 @@ def test_what_gptqmodel_writes(kind: str) -> None:
     prefix = f"awq 4 32 {kind}|"
     golden = {name.removeprefix(prefix): each for name, each in load_file(GOLDEN).items() if prefix in name}
     codec = Awq(IntScheme(4, 32, kind == "sym"))
-    raw = codec.pack(Quantized(golden["codes"], golden["scales"].float(), golden["zeros"]))
+    raw = codec.pack(Quantized(golden["codes"], golden["scales"].T.float(), golden["zeros"]))
     for part in codec.parts((32, 64)):
         assert part.shape == tuple(golden[part.key].shape)
         assert raw[part.key].tobytes() == golden[part.key].view(-1).view(torch.uint8).numpy().tobytes()

@@ -1,4 +1,4 @@
-"""GPTQ in both versions: against words put together bit by bit, and against what GPTQModel writes and reads."""
+"""GPTQ in both versions: against words put together bit by bit, and against GPTQModel's own files."""
 
 from __future__ import annotations
 
