@@ -33,7 +33,7 @@ def pack(codes: torch.Tensor, bits: int, *, padded: bool = False) -> torch.Tenso
     if not codes.numel():
         return torch.empty(rows, word_count(count, bits), dtype=torch.int32, device=codes.device)
     padding = -count % WORD
-    stream = torch.nn.functional.pad(codes, (0, padding)) if padding else codes.contiguous()
+    stream = _plain_strides(torch.nn.functional.pad(codes, (0, padding)) if padding else codes)
     if bits < 8:
         lanes = stream.view(torch.int64)
         for width in (8, 16, 32):
@@ -55,7 +55,7 @@ def unpack(words: torch.Tensor, bits: int, count: int, *, padded: bool = False) 
     if not words.numel():
         return torch.empty(rows, count, dtype=torch.uint8, device=words.device)
     eights = -(-count // 8)
-    stream = torch.nn.functional.pad(words, (0, -words.shape[1] % bits)).view(torch.uint8)
+    stream = _plain_strides(torch.nn.functional.pad(words, (0, -words.shape[1] % bits))).view(torch.uint8)
     if bits == 8:
         return stream[:, :count].contiguous()
     spread = torch.zeros(rows, eights, 8, dtype=torch.uint8, device=words.device)
@@ -66,6 +66,12 @@ def unpack(words: torch.Tensor, bits: int, count: int, *, padded: bool = False) 
         low = _mask(bits * width // 8, 2 * width)
         lanes = (lanes & low) | ((lanes << gap) & (low << width))
     return lanes.view(torch.uint8)[:, :count].contiguous()
+
+
+def _plain_strides(matrix: torch.Tensor) -> torch.Tensor:
+    """The matrix row by row in memory, with the strides that views of another width need: `contiguous`
+    leaves those of a dimension of one as they are."""
+    return matrix.reshape(-1).view(matrix.shape)
 
 
 def _mask(ones: int, period: int) -> int:

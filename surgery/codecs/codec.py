@@ -14,7 +14,7 @@ flattened, a one-dimensional one as rows alone, a scalar as one row.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
@@ -33,6 +33,9 @@ WHOLE = 1 << 40
 """The granule of forms whose rows cannot be cut: no tensor has as many."""
 
 
+_ITEMSIZE = {"U8": 1, "F16": 2, "F32": 4, "I32": 4}
+
+
 class PartSpec(NamedTuple):
     """One stored tensor of the form: `suffix` is what its name has beyond the logical name, less `replaces`
     (AutoGPTQ stores `X.weight` as `X.qweight`)."""
@@ -46,6 +49,11 @@ class PartSpec(NamedTuple):
     def stored_name(self, logical: str) -> str:
         """The name in files."""
         return logical.removesuffix(self.replaces) + self.suffix
+
+
+def whole_spans(parts: Iterable[PartSpec]) -> Spans:
+    """The spans of a form whose rows cannot be cut: every part from end to end."""
+    return {part.key: (0, prod(part.shape) * _ITEMSIZE[part.dtype]) for part in parts}
 
 
 class Codec(Protocol):

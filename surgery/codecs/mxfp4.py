@@ -140,6 +140,9 @@ class Mxfp4Blocks:
         nibbles, exponents = encode_mxfp4(tile)
         return {"blocks": nibbles.view(-1).numpy(), "scales": exponents.view(-1).numpy()}
 
+    def constants(self, shape: tuple[int, ...]) -> dict[str, np.ndarray[Any, Any]]:
+        return {}
+
     def finite(self, key: str, raw: np.ndarray[Any, Any]) -> bool:
         return key == "blocks" or not bool((raw == NAN_EXPONENT).any())
 
