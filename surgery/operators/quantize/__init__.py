@@ -1,0 +1,1 @@
+"""Quantization: weights that become few bits."""
