@@ -18,6 +18,7 @@ from pydantic import Field
 from surgery.calibrate.data import Calibration, find_file
 from surgery.codecs.fp8_block import Fp8Block
 from surgery.codecs.plain import Plain
+from surgery.codecs.schemes import IntScheme
 from surgery.errors import CheckpointError, PlanError
 from surgery.operators.protocol import Decision, LayerOperator, Participant, RunContext, record_step
 from surgery.stream.checkpoint import Checkpoint, Event, TensorRef
@@ -287,3 +288,21 @@ def check_plain(ref: TensorRef, op: str) -> None:
             f"{ref.name} is already stored as {ref.codec.name}",
             hint=f"{op} starts from bf16, fp16, fp32 or FP8: decode it first with output.format=bf16",
         )
+
+
+def check_groups(ref: TensorRef, scheme: IntScheme) -> None:
+    """Refuse groups that do not divide a matrix's columns."""
+    try:
+        scheme.groups(ref.shape[1])
+    except ValueError as error:
+        raise PlanError(
+            f"{ref.name}: {error}",
+            hint="choose a group_size that does, -1 for one scale a row, or another of `schemes` for it",
+        ) from error
+
+
+def quantized_config(config: Mapping[str, Any], tensors: Mapping[str, TensorRef]) -> Mapping[str, Any]:
+    """A config that says how these tensors are stored."""
+    from surgery.stream.quantization_configs import with_quantization
+
+    return with_quantization(config, tensors)
