@@ -81,7 +81,7 @@ def scaling_loss(
 ) -> torch.Tensor:
     """‖(Q(W s)/s − W) X‖² of each matrix, float64 [B]. Linears that share scales add theirs."""
     rounded = rtn(weights * scales[:, None], scheme, grid=grid, scale_dtype=scale_dtype).values()
-    return output_squares(rounded.div_(scales[:, None]).sub_(weights), gram).sum(-1)
+    return output_squares(rounded / scales[:, None] - weights, gram).sum(-1)
 
 
 def clip_limits(
@@ -104,7 +104,7 @@ def clip_limits(
     for i in range(int(max_shrink * STEPS)):
         limit = whole * (1 - i / STEPS)
         clipped = grouped.clamp(-limit[..., None], limit[..., None])
-        lost = rtn(clipped, alone, scale_dtype=scale_dtype).values().sub_(grouped)
+        lost = rtn(clipped, alone, scale_dtype=scale_dtype).values() - grouped
         loss = ((lost @ inner) * lost).sum(-1)
         limits = torch.where(loss < least, limit, limits)
         least = torch.minimum(loss, least)
