@@ -40,6 +40,12 @@ SURGERY_FN float grid_offset(float quotient, float low, float high) {
     return (clamped + 12582912.0f) - 12582912.0f;
 }
 
+// The code at an offset from the zero point, which is -low; 0 where it is NaN.
+SURGERY_FN uint8_t grid_code(float offset, float low) {
+    const float code = offset - low;
+    return (uint8_t)(int32_t)(code == code ? code : 0.0f);
+}
+
 // Orders as (w / U)^2 does, every NaN after the numbers and equal to the others.
 SURGERY_FN uint32_t saliency_key(float ratio) {
     const float squared = ratio * ratio;

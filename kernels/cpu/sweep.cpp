@@ -108,10 +108,9 @@ inline __attribute__((always_inline)) void settle(Tile& tile, int c, float diago
         const float w = value[lane];
         float q = w;
         if (GRID) {
-            float offset = grid_offset(w / points.scale[lane], points.low[lane], points.high[lane]);
+            const float offset = grid_offset(w / points.scale[lane], points.low[lane], points.high[lane]);
             q = offset * points.scale[lane];
-            offset = gone[lane] || offset != offset ? 0.0f : offset;
-            code[lane] = (uint8_t)(points.zero[lane] + (int32_t)offset);
+            code[lane] = grid_code(gone[lane] ? 0.0f : offset, points.low[lane]);
         }
         q = gone[lane] ? 0.0f : q;
         error[lane] = (w - q) / diagonal;

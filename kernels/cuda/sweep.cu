@@ -252,8 +252,7 @@ __device__ __forceinline__ void sweep_slot(const Sweep& job, const float* shared
             if (lane == owner) {
                 kept.at[k] = q;
                 error.at[k] = e;
-                if (GRID)
-                    code |= (uint32_t)(__float2int_rn(gone ? 0.0f : offset) + (int)(mine.zero[s] >> 8 * k & 255)) << 8 * k;
+                if (GRID) code |= (uint32_t)grid_code(gone ? 0.0f : offset, low[k]) << 8 * k;
             }
             const float4* behind = (const float4*)(shared + col * MOST_COLS) + lane;
 #pragma unroll
