@@ -42,14 +42,16 @@ Progress = Callable[[str, int, int], None]
 SNAPSHOT_SECONDS = 600.0
 
 
-def room_for(checkpoint: Checkpoint, device: torch.device, memory_bytes: int) -> tuple[str, int]:
+def room_for(
+    checkpoint: Checkpoint, device: torch.device, memory_bytes: int, share: float = 0.6
+) -> tuple[str, int]:
     """Where a layer's experts are kept between batches, and in how many bytes: a share of the budget on a
-    CPU; on a GPU three fifths of what is free, or page-locked host memory where they do not fit."""
+    CPU; on a GPU `share` of what is free, or page-locked host memory where they do not fit."""
     if device.type == "cpu":
         return "device", expert_share(memory_bytes)
     free, _ = torch.cuda.mem_get_info(device)
     free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    room = int(free * 0.6)
+    room = int(free * share)
     return ("device", room) if largest_experts(checkpoint) <= room else ("host", memory_bytes)
 
 

@@ -15,11 +15,12 @@ import typer
 from surgery.cli import (
     convert,
     demo,
+    demonstrate,
     doctor,
     evaluate,
     kernels,
     look,
-    prune,
+    one_step,
     publish,
     recipes,
     run,
@@ -36,7 +37,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 run.register(app)
-prune.register(app)
+one_step.register(app)
+demonstrate.register(app)
 look.register(app)
 evaluate.register(app)
 demo.register(app)

@@ -28,6 +28,24 @@ Dtype = Annotated[
     str | None, typer.Option("--dtype", help="Compute dtype (default: float32 on cpu, bfloat16 on cuda).")
 ]
 RemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that the model ships.")]
+Fresh = Annotated[bool, typer.Option("--fresh", help="Restart instead of resuming.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a finished output.")]
+Strict = Annotated[bool, typer.Option("--strict", help="Treat every note as an error (exit code 7).")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Show the plan and stop.")]
+Model = Annotated[str, typer.Argument(help="A model folder or hub id.")]
+Op = Annotated[str, typer.Option("--op", help="The operator.")]
+Param = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="A param of the operator. Repeatable."),
+]
+CalibrationFiles = Annotated[
+    list[str] | None,
+    typer.Option("--calibration", metavar="FILE", help="Texts or conversations, or DOMAIN=FILE. Repeatable."),
+]
+OutputFormat = Annotated[
+    str,
+    typer.Option("--format", help="source (as the step stores it), bf16, fp8-block, …"),
+]
 Threads = Annotated[int | None, typer.Option("--threads", min=1, help="Worker threads (default: all cores).")]
 
 

@@ -15,13 +15,16 @@ from surgery.cli.options import (
     DEFAULT_MEMORY,
     Device,
     Dtype,
+    Fresh,
     Json,
     Memory,
     Out,
+    Overwrite,
     Quiet,
     Recipe,
     RemoteCode,
     Set,
+    Strict,
     Threads,
     memory_bytes,
 )
@@ -51,11 +54,9 @@ def run(
     dtype: Dtype = None,
     trust_remote_code: RemoteCode = False,
     no_hash: Annotated[bool, typer.Option("--no-hash", help="Do not hash files while writing.")] = False,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Restart instead of resuming.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a finished output.")] = False,
-    strict: Annotated[
-        bool, typer.Option("--strict", help="Treat every note as an error (exit code 7).")
-    ] = False,
+    fresh: Fresh = False,
+    overwrite: Overwrite = False,
+    strict: Strict = False,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -104,6 +105,7 @@ def resumable() -> Iterator[None]:
 def show_result(output: Output, folder: Path, manifest: Any) -> None:
     """What was written, where every tensor came from, and how far the parents are apart."""
     from surgery.report.by_role import distance_rows
+    from surgery.report.matrices import in_words, matrix_tables
     from surgery.stream.units import format_bytes
 
     if output.json:
@@ -123,6 +125,9 @@ def show_result(output: Output, folder: Path, manifest: Any) -> None:
     for row in manifest["measurements"]:
         if row.get("kind") == "experts":
             output.say(f"{row['op']}: {row['kept']} of {row['experts']} experts stay in each layer")
+    for op, rows in matrix_tables(manifest):
+        for sentence in in_words(op, rows):
+            output.say(sentence)
     if manifest["dropped"]:
         output.say(f"{len(manifest['dropped'])} tensors were dropped; the manifest names each and says why")
     ran = manifest["run"]

@@ -14,6 +14,9 @@ so that decode → encode gives back codes and scales bit for bit wherever a blo
 ±448, which encoders of this rule produce. `ue8m0` (DeepSeek-V3.1) rounds the scale up to a power of
 two; its scales are stored as F32 or as F8_E8M0.
 
+compressed-tensors stores the same as `X.weight_scale`, its scales in bf16 or fp16 too; they are rounded to
+that before a code is chosen.
+
 Where NaN or infinity is allowed to pass, the scale is taken over the finite values of the block; NaN
 stays NaN and infinity becomes the largest value.
 """
@@ -25,7 +28,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from surgery.codecs.codec import PartSpec, Spans
-from surgery.codecs.plain import all_exponent_bits_set
+from surgery.codecs.fp8_scaled import LARGEST, e4m3_codes, stored_scales
+from surgery.codecs.plain import all_exponent_bits_set, finite_floats, float_bytes, float_values
 
 if TYPE_CHECKING:
     import numpy as np
@@ -33,14 +37,16 @@ if TYPE_CHECKING:
 
 BLOCK = 128
 NAN_CODE = 0x7F
+SCALE_BYTES = {"F32": 4, "F8_E8M0": 1, "BF16": 2, "F16": 2}
 
 
 @dataclass(frozen=True, slots=True)
 class Fp8Block:
-    """`scale_dtype` is F32 or F8_E8M0; `ue8m0` keeps scales to powers of two."""
+    """`scale_dtype` is F32, F8_E8M0, BF16 or F16; `ue8m0` keeps scales to powers of two."""
 
     scale_dtype: str = "F32"
     ue8m0: bool = False
+    suffix: str = "_scale_inv"
     granule: int = BLOCK
     decodable: bool = True
 
@@ -51,12 +57,12 @@ class Fp8Block:
     def parts(self, shape: tuple[int, ...]) -> tuple[PartSpec, ...]:
         return (
             PartSpec("weight", "", "F8_E4M3", shape),
-            PartSpec("scale", "_scale_inv", self.scale_dtype, scale_shape(shape)),
+            PartSpec("scale", self.suffix, self.scale_dtype, scale_shape(shape)),
         )
 
     def spans(self, shape: tuple[int, ...], start: int, stop: int) -> Spans:
         cols = shape[1]
-        row = scale_shape(shape)[1] * (4 if self.scale_dtype == "F32" else 1)
+        row = scale_shape(shape)[1] * SCALE_BYTES[self.scale_dtype]
         return {
             "weight": (start * cols, stop * cols),
             "scale": (start // BLOCK * row, -(-stop // BLOCK) * row),
@@ -85,6 +91,8 @@ class Fp8Block:
         """float32 scales [blocks, ⌈cols/128⌉] from their stored bytes."""
         import torch
 
+        if self.half_scales:
+            return float_values(self.scale_dtype, raw).view(-1, scale_shape(shape)[1])
         bits = torch.from_numpy(raw)
         if self.scale_dtype == "F8_E8M0":
             # The byte is the exponent field of a float32; 0 is the subnormal 2^-127, 255 is NaN.
@@ -95,27 +103,41 @@ class Fp8Block:
             values = bits.view(torch.float32)
         return values.view(-1, scale_shape(shape)[1])
 
+    @property
+    def half_scales(self) -> bool:
+        """Whether scales are stored in 16 bits, which no kernel computes with."""
+        return self.scale_dtype in ("BF16", "F16")
+
     def encode(self, tile: torch.Tensor) -> dict[str, np.ndarray[Any, Any]]:
         from surgery.codecs.ops import encode_fp8_block
+        from surgery.codecs.reference import block_amax, divide_blocks
 
+        if self.half_scales:
+            scales = stored_scales(block_amax(tile) / LARGEST, self.scale_dtype)
+            return self.stored(e4m3_codes(divide_blocks(tile, scales)), scales)
         return self.stored(*encode_fp8_block(tile, ue8m0=self.ue8m0))
 
     def stored(self, codes: torch.Tensor, scales: torch.Tensor) -> dict[str, np.ndarray[Any, Any]]:
         """The bytes of each part."""
         import torch
 
+        if self.half_scales:
+            return {"weight": codes.view(-1).numpy(), "scale": float_bytes(self.scale_dtype, scales)}
         if self.scale_dtype == "F8_E8M0":
             kept = (scales.view(torch.int32) >> 23).to(torch.uint8)
         else:
             kept = scales.view(torch.uint8)
         return {"weight": codes.view(-1).numpy(), "scale": kept.reshape(-1).numpy()}
 
+    def constants(self, shape: tuple[int, ...]) -> dict[str, np.ndarray[Any, Any]]:
+        return {}
+
     def finite(self, key: str, raw: np.ndarray[Any, Any]) -> bool:
         if key == "weight":
             return not all_exponent_bits_set(raw, NAN_CODE)
         if self.scale_dtype == "F8_E8M0":
             return not bool((raw == 0xFF).any())
-        return not all_exponent_bits_set(raw.view("uint32"), 0x7F80_0000)
+        return finite_floats(self.scale_dtype, raw)
 
 
 def scale_shape(shape: tuple[int, ...]) -> tuple[int, int]:

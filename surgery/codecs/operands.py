@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 
 def fusable(codec: Codec) -> bool:
     """Whether the kernels read and write this form as it is stored."""
-    return isinstance(codec, Fp8Block) or codec == Plain("BF16")
+    if isinstance(codec, Fp8Block):
+        return not codec.half_scales
+    return codec == Plain("BF16")
 
 
 def operand(

@@ -50,7 +50,7 @@ def scale_values(codec: Fp8Block, raw: Array) -> Array:
 
     if codec.scale_dtype == "F8_E8M0":
         return np.ldexp(np.float32(1), raw.astype(np.int32) - 127).astype(np.float32)
-    return raw.view(np.float32)
+    return plain_values(codec.scale_dtype, raw)
 
 
 def e4m3_values() -> Array:

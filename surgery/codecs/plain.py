@@ -49,25 +49,17 @@ class Plain:
     def decode(
         self, shape: tuple[int, ...], start: int, stop: int, raw: Mapping[str, np.ndarray[Any, Any]]
     ) -> torch.Tensor:
-        import torch
-
-        dtype = getattr(torch, TORCH_DTYPES[self.dtype])
-        data = raw["weight"]
-        values = torch.from_numpy(data).view(dtype) if data.size else torch.empty(0, dtype=dtype)
-        values = values.to(torch.float32)
+        values = float_values(self.dtype, raw["weight"])
         return values if len(shape) < 2 else values.view(stop - start, matrix_shape(shape)[1])
 
     def encode(self, tile: torch.Tensor) -> dict[str, np.ndarray[Any, Any]]:
-        import torch
+        return {"weight": float_bytes(self.dtype, tile)}
 
-        values = tile.to(getattr(torch, TORCH_DTYPES[self.dtype])).contiguous()
-        return {"weight": values.view(-1).view(torch.uint8).numpy()}
+    def constants(self, shape: tuple[int, ...]) -> dict[str, np.ndarray[Any, Any]]:
+        return {}
 
     def finite(self, key: str, raw: np.ndarray[Any, Any]) -> bool:
-        if not raw.size:
-            return True
-        unit, mask = _EXPONENTS[self.dtype]
-        return not all_exponent_bits_set(raw.view(unit), mask)
+        return finite_floats(self.dtype, raw)
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +93,9 @@ class Opaque:
     def encode(self, tile: torch.Tensor) -> dict[str, np.ndarray[Any, Any]]:
         raise self._refusal()
 
+    def constants(self, shape: tuple[int, ...]) -> dict[str, np.ndarray[Any, Any]]:
+        return {}
+
     def finite(self, key: str, raw: np.ndarray[Any, Any]) -> bool:
         return True
 
@@ -109,6 +104,30 @@ class Opaque:
             f"tensors stored as {self.form} can be copied but not decoded",
             hint="give them a weight of 0 or 1, or start from a bf16 or FP8 checkpoint",
         )
+
+
+def float_values(dtype: str, raw: np.ndarray[Any, Any]) -> torch.Tensor:
+    """float32 values, in one dimension, of the stored bytes of a floating dtype."""
+    import torch
+
+    kind = getattr(torch, TORCH_DTYPES[dtype])
+    values = torch.from_numpy(raw).view(kind) if raw.size else torch.empty(0, dtype=kind)
+    return values.to(torch.float32)
+
+
+def float_bytes(dtype: str, values: torch.Tensor) -> np.ndarray[Any, Any]:
+    """The stored bytes of values rounded to a floating dtype."""
+    import torch
+
+    return values.to(getattr(torch, TORCH_DTYPES[dtype])).contiguous().view(-1).view(torch.uint8).numpy()
+
+
+def finite_floats(dtype: str, raw: np.ndarray[Any, Any]) -> bool:
+    """Whether the stored bytes of a floating dtype hold neither NaN nor infinity."""
+    if not raw.size:
+        return True
+    unit, mask = _EXPONENTS[dtype]
+    return not all_exponent_bits_set(raw.view(unit), mask)
 
 
 def all_exponent_bits_set(bits: np.ndarray[Any, Any], mask: int) -> bool:

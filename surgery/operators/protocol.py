@@ -10,17 +10,20 @@ without the walk.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict
 
 from surgery.calibrate.ranks import ONE_RANK, Ranks
 from surgery.errors import UsageError
 from surgery.stream.checkpoint import Checkpoint, Event
+
+if TYPE_CHECKING:
+    from surgery.calibrate.walk import LayerStep, Walk
 
 Kind = Literal["weight", "layer", "training", "runtime"]
 Progress = Callable[[str, int, int], None]
@@ -105,10 +108,23 @@ class Decision:
     events: tuple[Event, ...] = ()
 
 
+class Participant(Protocol):
+    """An operator's part in a walk: what it does in each layer, and what it found."""
+
+    @property
+    def steps(self) -> Sequence[LayerStep]:
+        """In order. A step sees the layer as those in front of it left it."""
+
+    def decision(self, walk: Walk) -> Decision:
+        """After the walk."""
+
+
 class LayerOperator(Operator):
     """Base of the operators that need activations, or whole weights, before they know what to do."""
 
     kind: ClassVar[Kind] = "layer"
+    experts_share: ClassVar[float] = 0.6
+    """Of a GPU's free memory, what a layer's experts may take while it walks."""
 
     input: str | None = None
     """The checkpoint to work on; by default the result of the step before, or the only parent."""
@@ -132,10 +148,25 @@ class LayerOperator(Operator):
         """What the walk reads and needs: for plans. Raises what can be known of the data."""
         raise TypeError(f"{type(self).__name__} has no estimate")
 
+    def walk_key(self) -> tuple[Any, ...] | None:
+        """What its walk runs on, and how: operators with equal keys that follow one another share a walk.
+        None for one that has no walk, or shares none."""
+        return None
+
+    def join(self, checkpoint: Checkpoint, context: RunContext) -> Participant:
+        """Its part in a walk over `checkpoint` (which may be an outline). Asked where there is a key."""
+        raise TypeError(f"{type(self).__name__} does not walk")
+
     def decide(self, inputs: Mapping[str, Checkpoint], context: RunContext) -> Decision:
         """Walk, and say what is to be done."""
-        raise TypeError(f"{type(self).__name__} cannot decide")
+        from surgery.operators.together import walk_together
 
-    def finish(self, inputs: Mapping[str, Checkpoint], decision: Decision) -> Checkpoint:
-        """The lazy result of a decision, from headers."""
+        (checkpoint,) = inputs.values()
+        return walk_together([self], checkpoint, [context])[0]
+
+    def finish(
+        self, inputs: Mapping[str, Checkpoint], decision: Decision, folder: Path | None = None
+    ) -> Checkpoint:
+        """The lazy result of a decision, from headers. `folder` is the one in which the walk left tensors;
+        without it those can be told of but not read."""
         raise TypeError(f"{type(self).__name__} cannot finish")

@@ -55,8 +55,10 @@ class Plan:
 
     @property
     def disk_bytes(self) -> int:
-        """The output, and the largest of the walks before it is written."""
-        return self.survey.disk_bytes + max((walk.get("disk_bytes", 0) for walk in self.walks), default=0)
+        """The output, what walks solved before it is written, and the largest of the walks beside that."""
+        spools: int = sum(walk.get("spool_bytes", 0) for walk in self.walks)
+        passing: int = max((walk.get("disk_bytes", 0) for walk in self.walks), default=0)
+        return self.survey.disk_bytes + spools + passing
 
     @property
     def shortage_bytes(self) -> int:
@@ -195,7 +197,8 @@ def run_recipe(
     steps = [step.resolved() for step in recipe.steps]
     with walk_place(out, steps, fresh=options.fresh) as folder:
         with joined_ranks() as ranks:
-            walker = Walker(replace(context, ranks=ranks), folder, options.fresh)
+            operators = [step.operator for step in recipe.steps]
+            walker = Walker(replace(context, ranks=ranks), folder, operators, options.fresh)
             checkpoint = _built(loaded, walker.apply)
         return _save(loaded, checkpoint, out, options)
 
@@ -207,7 +210,8 @@ def follow_recipe(
     folder = walk_folder(Path(os.path.realpath(out)))
     context = _walking(loaded, options, context)
     with joined_ranks() as ranks:
-        _built(loaded, Walker(replace(context, ranks=ranks), folder, options.fresh).apply)
+        operators = [step.operator for step in loaded.recipe.steps]
+        _built(loaded, Walker(replace(context, ranks=ranks), folder, operators, options.fresh).apply)
 
 
 def _walking(loaded: LoadedRecipe, options: SaveOptions, context: RunContext | None) -> RunContext:

@@ -24,6 +24,7 @@ from surgery.report.inspect import ragged_fp8
 from surgery.stream.checkpoint import Checkpoint, ComputedRef, ReadContext, StoredRef, TensorRef
 from surgery.stream.files import file_hash, natural_key
 from surgery.stream.formats import apply_format
+from surgery.stream.fused import encoded
 from surgery.stream.hub import Hub, pinned
 from surgery.stream.jobs import same_bytes
 from surgery.stream.manifest import read_manifest
@@ -254,7 +255,7 @@ def _bytes(made: TensorRef, start: int, stop: int, context: ReadContext) -> Mapp
         donor = made.inputs[choice] if choice is not None else made
     if isinstance(donor, StoredRef) and same_bytes(donor, made):
         return {part.key: donor.raw(part, start, stop) for part in donor.parts}
-    return made.codec.encode(made.pull(start, stop, context))
+    return encoded(made, start, stop, context)
 
 
 def _verdict(name: str, wrong: list[str], fine: str) -> Check:

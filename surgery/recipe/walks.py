@@ -1,8 +1,9 @@
 """Layer steps of a recipe: their walks run once, and their decisions survive a kill.
 
-Snapshots, hidden states beyond the budget and decisions live in `OUT.walk` beside the output, one folder a
-step, until the output is whole. A decision is kept under a fingerprint of everything it depends on; a walk of
-something else is refused with the difference named.
+Steps behind one another that calibrate on the same data share a walk. Snapshots, hidden states beyond the
+budget, solved tensors and decisions live in `OUT.walk` beside the output, one folder a step, until the output
+is whole. A decision is kept under a fingerprint of everything it depends on; a walk of something else is
+refused with the difference named.
 """
 
 from __future__ import annotations
@@ -12,18 +13,20 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from surgery.errors import PlanError
-from surgery.operators.protocol import Decision, LayerOperator, Operator, RunContext
+from surgery.operators.protocol import PREVIOUS, Decision, LayerOperator, Operator, RunContext
 from surgery.stream.checkpoint import Checkpoint, Event
 from surgery.stream.journal import LOCK, first_difference, lock
 from surgery.stream.writer import disk_error
 
 DECISION = "decision.json"
 STEPS = "steps.json"
+KEPT = "solved-"
+"""Files of a step that the output is made from begin so."""
 
 
 @dataclass
@@ -51,27 +54,67 @@ class Walker:
 
     context: RunContext
     folder: Path
+    steps: Sequence[Operator]
+    """Those of the recipe, in order."""
     fresh: bool = False
+    _walked: set[int] = field(default_factory=set)
+    """Steps whose decisions this run has made."""
 
     def apply(self, index: int, operator: Operator, inputs: Mapping[str, Checkpoint]) -> Checkpoint:
         if not isinstance(operator, LayerOperator):
             return operator.apply(inputs)
-        place = self.folder / f"step-{index:02d}"
-        identity = self._identity(operator, inputs)
         ranks = self.context.ranks
+        place = self._place(index)
         decision = None
         if ranks.leads:
             place.mkdir(parents=True, exist_ok=True)
-            decision = None if self.fresh else read_decision(place / DECISION, identity)
+            decision = (
+                None if self.fresh else read_decision(place / DECISION, self._identity(operator, inputs))
+            )
         decision = ranks.share(decision)
         if decision is None:
-            decision = operator.decide(inputs, replace(self.context, folder=place))
-            if ranks.leads:
-                write_decision(place / DECISION, identity, decision)
+            decision = self._decide(index, operator, inputs)
+        return operator.finish(inputs, decision, place)
+
+    def _decide(self, index: int, operator: LayerOperator, inputs: Mapping[str, Checkpoint]) -> Decision:
+        """Walk: for this step, and for those behind it that can share its walk."""
+        partners = self._partners(index, operator)
+        places = [self._place(index + ahead) for ahead in range(len(partners))]
+        if self.context.ranks.leads:
+            for place in places:
+                place.mkdir(parents=True, exist_ok=True)
+        contexts = [replace(self.context, folder=place) for place in places]
+        if len(partners) == 1:
+            found = [operator.decide(inputs, contexts[0])]
+        else:
+            from surgery.operators.together import walk_together
+
+            (checkpoint,) = inputs.values()
+            found = walk_together(partners, checkpoint, contexts)
+        if self.context.ranks.leads:
+            reached = dict(inputs)
+            for partner, place, decision in zip(partners, places, found, strict=True):
+                write_decision(place / DECISION, self._identity(partner, reached), decision)
+                reached = {PREVIOUS: partner.finish(reached, decision, place)}
                 for path in place.iterdir():
-                    if path.name != DECISION:
+                    if path.name != DECISION and not path.name.startswith(KEPT):
                         path.unlink()
-        return operator.finish(inputs, decision)
+        self._walked.update(range(index, index + len(partners)))
+        return found[0]
+
+    def _partners(self, index: int, operator: LayerOperator) -> list[LayerOperator]:
+        """The operator of step `index`, and those right behind it that can work in the same walk. With
+        `propagate: original` each needs the layers as its own input has them, so that none can be shared."""
+        key = operator.walk_key()
+        found = [operator]
+        for step in self.steps[index + 1 :] if key is not None and key[1] == "changed" else ():
+            if not isinstance(step, LayerOperator) or step.walk_key() != key or step.input is not None:
+                break
+            found.append(step)
+        return found
+
+    def _place(self, index: int) -> Path:
+        return self.folder / f"step-{index:02d}"
 
     def _identity(self, operator: LayerOperator, inputs: Mapping[str, Checkpoint]) -> dict[str, Any]:
         context = self.context

@@ -14,7 +14,7 @@ from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from surgery.codecs.codec import Codec, matrix_shape
+from surgery.codecs.codec import WHOLE, Codec, matrix_shape
 from surgery.errors import CheckpointError, UsageError
 from surgery.stream.buffers import ThreadBuffers
 from surgery.stream.files import Source, StoredTensor
@@ -113,9 +113,9 @@ class TensorRef:
         return any(part.view is not None for part in self.parts)
 
     def tile_rows(self) -> int:
-        """Rows of a full tile: a multiple of 128, or all rows where views forbid slicing."""
+        """Rows of a full tile: a multiple of 128, or all rows where views or the codec forbid slicing."""
         rows, cols = matrix_shape(self.shape)
-        if self.is_view:
+        if self.is_view or self.granule >= WHOLE:
             return max(rows, 1)
         return max(128, TILE_WEIGHTS // max(cols, 1) // 128 * 128)
 
@@ -132,6 +132,11 @@ class TensorRef:
         `rows` must start at a multiple of the codec's granule; None reads all.
         """
         start, stop, step = (rows or slice(None)).indices(self.rows)
+        if self.granule >= WHOLE and (start, stop) != (0, self.rows):
+            raise UsageError(
+                f"{self.name} is stored as {self.codec.name}: it can only be read whole, not rows {start} to "
+                f"{stop} of {self.rows}"
+            )
         if start % self.granule or step != 1:
             raise UsageError(
                 f"{self.name} is stored as {self.codec.name}: rows must be consecutive and start at a "
@@ -197,6 +202,8 @@ class StoredRef(TensorRef):
             if ahead is not None and stop - start == self.rows:
                 return ahead
             first, last = self._span(part, start, stop)
+            if first == last:
+                return np.empty(0, np.uint8)
             buffer = np.empty(last - first, np.uint8)
             stored.file.read_into(buffer, stored.offset + first)
             return buffer
@@ -311,32 +318,6 @@ class ComputedRef(TensorRef):
 
     def lineage(self) -> dict[str, Any]:
         return {**self.kernel.lineage(), "inputs": [each.lineage() for each in self.inputs]}
-
-
-@dataclass(frozen=True)
-class Recode:
-    """The kernel of a change of stored form: values pass through."""
-
-    def decide(self, inputs: Sequence[TensorRef], context: ReadContext) -> Decision:
-        return Decision()
-
-    def combine(self, tiles: Sequence[torch.Tensor]) -> tuple[torch.Tensor, Sums]:
-        return tiles[0], ()
-
-    def metrics(self, sums: Sums, numel: int) -> dict[str, Any]:
-        return {}
-
-    def lineage(self) -> dict[str, Any]:
-        return {"op": "recode"}
-
-
-def recode(ref: TensorRef, codec: Codec, parts: tuple[Part, ...]) -> TensorRef:
-    """`ref` stored in another form; refs that already have it come back unchanged."""
-    if ref.codec == codec and ref.parts == parts:
-        return ref
-    if isinstance(ref, ComputedRef):
-        return ref.with_form(codec, parts)
-    return ComputedRef(ref, (ref,), Recode()).with_form(codec, parts)
 
 
 class Probe(Protocol):

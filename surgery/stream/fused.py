@@ -27,7 +27,13 @@ class FusedKernel(Protocol):
 
 
 def encoded(ref: TensorRef, start: int, stop: int, context: ReadContext) -> Parts:
-    """Stored bytes of rows start..stop, fused where the kernel and the inputs allow."""
+    """Stored bytes of rows start..stop, fused where the kernel and the inputs allow. What follows from the
+    shape alone comes with the first rows."""
+    constants = {} if start else ref.codec.constants(ref.shape)
+    return constants | _encoded(ref, start, stop, context)
+
+
+def _encoded(ref: TensorRef, start: int, stop: int, context: ReadContext) -> Parts:
     if isinstance(ref, ComputedRef) and isinstance(ref.kernel, FusedKernel):
         stored = [each for each in ref.inputs if isinstance(each, StoredRef)]
         if len(stored) == len(ref.inputs) and ref.decision(context).copy is None:

@@ -96,4 +96,5 @@ def _rows_of(ref: StoredRef, start: int, stop: int) -> Iterator[tuple[DataFile, 
             yield stored.file, stored.offset, stored.nbytes
         else:
             first, last = ref.codec.spans(ref.shape, start, stop)[part.key]
-            yield stored.file, stored.offset + first, last - first
+            if last > first:
+                yield stored.file, stored.offset + first, last - first

@@ -1,7 +1,8 @@
 """Open a model: a local folder, or a hub id found in the local cache or read from the hub.
 
 Reads config.json, the index and every safetensors header, checks them against one another, and
-groups stored tensors to logical ones: FP8 weights with their scales, fused experts one by one.
+groups stored tensors to logical ones: FP8 weights with their scales, fused experts one by one, quantized
+tensors as `quantized` reads them.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from surgery.stream.checkpoint import Checkpoint, Event, Part, StoredRef, quanti
 from surgery.stream.files import DataFile, Source, StoredTensor, natural_key, travels
 from surgery.stream.header import Header, read_header
 from surgery.stream.hub import Hub, Repo, cached_shard, locate
+from surgery.stream.quantized import read_quantized
 from surgery.stream.roles import Architecture, architecture_for
 
 _BUFFERS = frozenset({"BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64"})
@@ -234,10 +236,17 @@ def group(
     """Logical refs in natural order from stored tensors in natural order."""
     tensors = {tensor.name: tensor for tensor in stored}
     quantization = quantization_of(config)
-    refs: list[StoredRef] = []
+    grouping = read_quantized(tensors, quantization)
+    refs = [
+        StoredRef(name, shape, architecture.info(name), codec, parts, label)
+        for name, shape, codec, parts in grouping.tensors
+    ]
+    taken = grouping.taken()
     fused: dict[str, list[Part]] = {}
-    faults: list[tuple[str, str]] = []
+    faults = grouping.faults
     for name, tensor in tensors.items():
+        if name in taken:
+            continue
         if name.endswith(SCALE_SUFFIX) and name.removesuffix(SCALE_SUFFIX) in tensors:
             continue
         scale = tensors.get(name + SCALE_SUFFIX)
@@ -259,11 +268,11 @@ def group(
     if faults:
         raise CheckpointError(
             f"{label}: {len(faults)} tensors cannot be understood, first {faults[0][0]}: {faults[0][1]}",
-            hint="the checkpoint is incomplete; fetch it again",
+            hint="the checkpoint is incomplete or contradicts its config; fetch it again",
             table=Table(("tensor", "problem"), tuple(faults)),
         )
     refs.extend(_fused_ref(name, parts, architecture, label) for name, parts in fused.items())
-    if fused:
+    if fused or taken:
         refs.sort(key=lambda ref: natural_key(ref.name))
     return refs
 

@@ -20,7 +20,7 @@ from walk_models import Families, demos
 import surgery
 from surgery.calibrate.walk import Walk
 from surgery.cli.app import main
-from surgery.cli.prune import domains_of
+from surgery.cli.one_step import domains_of
 from surgery.errors import UsageError
 
 

@@ -17,7 +17,7 @@ from walk_models import DEMOS, Families, demos
 
 import surgery
 from surgery.errors import PlanError, SurgeryError
-from surgery.operators.experts import walking
+from surgery.operators import together
 from surgery.operators.protocol import RunContext
 from surgery.recipe.verify import verify
 from surgery.recipe.walks import walk_folder, walk_place
@@ -91,7 +91,7 @@ def test_killed_twice_and_with_hidden_states_on_disk(
 ) -> None:
     document = recipe(tiny("glm4_moe"), demos(tmp_path / "d.jsonl"))
     surgery.run(document, tmp_path / "whole", context=CONTEXT, threads=1)
-    monkeypatch.setattr(walking, "host_share", lambda memory: 0)
+    monkeypatch.setattr(together, "host_share", lambda memory: 0)
     monkeypatch.setattr("surgery.calibrate.walk.expert_share", lambda memory: 0)
     out = tmp_path / "out"
     kill(document, out, "walk", 2)

@@ -10,9 +10,7 @@ unpruned one, as the methods' own code has it, so that one walk serves any crite
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from hashlib import sha256
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import model_validator
@@ -22,19 +20,16 @@ from surgery.calibrate.statistics import FIELDS, ExpertStatistics, Sums, read_st
 from surgery.errors import PlanError
 from surgery.operators.experts.keep import ExpertShape, KeepList, expert_shape
 from surgery.operators.experts.pruning import RankedExperts, overlap
-from surgery.operators.protocol import Decision, RunContext
+from surgery.operators.fingerprint import model_fingerprint
+from surgery.operators.protocol import Decision, Participant, RunContext
 from surgery.stream.checkpoint import Checkpoint, Event
-from surgery.stream.files import DataFile, file_hash
+from surgery.stream.files import file_hash
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from surgery.operators.experts.walking import Collected
 
 STATISTICS = "surgery_experts.json"
-
-SAMPLE = 128
-"""Bytes of each tensor that are looked at to tell models apart."""
 
 Fields = Mapping[str, "np.ndarray[Any, np.dtype[np.float64]]"]
 """[experts] by the name of the sum, for one layer and one domain."""
@@ -90,19 +85,38 @@ class Criterion(RankedExperts):
         if self.statistics is not None:
             self._read(checkpoint, shape, context)
             return {}
-        from surgery.operators.experts.walking import estimate
+        from surgery.operators.experts.walking import check_walkable
+        from surgery.operators.together import estimate_together
 
-        return estimate(self, checkpoint, shape, context)
+        check_walkable(checkpoint, shape)
+        return estimate_together(self._demonstrations(), checkpoint, context)
+
+    def walk_key(self) -> tuple[Any, ...] | None:
+        return None if self.calibration is None else (self.calibration, self.propagate)
+
+    def join(self, checkpoint: Checkpoint, context: RunContext) -> Participant:
+        from surgery.operators.experts.walking import Pruning, check_walkable
+
+        shape = expert_shape(checkpoint)
+        check_walkable(checkpoint, shape)
+        return Pruning(self, shape, context.ranks)
 
     def decide(self, inputs: Mapping[str, Checkpoint], context: RunContext) -> Decision:
+        if self.statistics is None:
+            return super().decide(inputs, context)
         (checkpoint,) = inputs.values()
         shape = expert_shape(checkpoint)
-        if self.statistics is not None:
-            return self._decision(shape, self._read(checkpoint, shape, context), None)
-        from surgery.operators.experts.walking import collect
+        statistics = self._read(checkpoint, shape, context)
+        kept = {
+            layer: self.choose(self.layer_scores(sums).tolist(), shape)
+            for layer, sums in statistics.layers.items()
+        }
+        return self.decision_of(shape, statistics, kept, None, None)
 
-        found = collect(self, checkpoint, shape, context)
-        return self._decision(shape, found.statistics, found)
+    def _demonstrations(self) -> Calibration:
+        if self.calibration is None:
+            raise TypeError(f"{self.op} has no calibration data")
+        return self.calibration
 
     def _read(self, checkpoint: Checkpoint, shape: ExpertShape, context: RunContext) -> ExpertStatistics:
         path = find_file(str(self.statistics), context.beside)
@@ -123,11 +137,16 @@ class Criterion(RankedExperts):
             raise PlanError(f"{path} does not have the layers and experts of {checkpoint.label}")
         return statistics
 
-    def _decision(
-        self, shape: ExpertShape, statistics: ExpertStatistics, found: Collected | None
+    def decision_of(
+        self,
+        shape: ExpertShape,
+        statistics: ExpertStatistics,
+        kept: Mapping[int, tuple[int, ...]],
+        load_after: Mapping[int, list[int]] | None,
+        walk: Mapping[str, Any] | None,
     ) -> Decision:
+        """What the sums come to. `load_after` and `walk` are None where they were read from a file."""
         scores = {layer: self.layer_scores(sums) for layer, sums in statistics.layers.items()}
-        kept = found.kept if found else {layer: self.choose(s.tolist(), shape) for layer, s in scores.items()}
         keep = KeepList(dict(sorted(kept.items())), self.groups_after(shape))
         by_domain: dict[str, dict[int, tuple[int, ...]]] = {
             domain: {
@@ -139,53 +158,19 @@ class Criterion(RankedExperts):
         row = {
             "kind": "experts", "op": self.op, "domains": list(statistics.domains), "experts": shape.count,
             "kept": keep.count, "groups": self.groups if shape.groups.limited else None,
-            "overlap": overlap(by_domain), "walk": found.report if found else None,
+            "overlap": overlap(by_domain), "walk": walk,
             "layers": [
                 {
                     "layer": layer, "scores": scores[layer].tolist(), "kept": list(keep.layers[layer]),
                     "load": statistics.of(layer, "count").sum(axis=0).tolist(),
-                    "load_after": found.load_after[layer] if found else None,
+                    "load_after": load_after[layer] if load_after else None,
                 }
                 for layer in shape.layers
             ],
         }  # fmt: skip
         data = {**keep.as_dict(), "statistics": statistics.digest(), "provenance": statistics.provenance}
         texts = {STATISTICS: statistics.dump()}
-        return Decision(data, texts, (row,), (*_never_chosen(statistics), *(found.events if found else ())))
-
-
-def model_fingerprint(checkpoint: Checkpoint) -> str:
-    """The same for the same weights in files of the same names, made by the same steps, wherever they lie.
-
-    Of every file its size and its header, and what tells models of one shape apart: the etag of a file of
-    the hub, of others some bytes out of the middle of every tensor.
-    """
-    digest = sha256()
-    for source in checkpoint.inputs:
-        for file in source.files:
-            digest.update(f"{file.name}:{file.size}:{file.header_hash}:{file.etag or ''}\n".encode())
-    places = {
-        (part.stored.file.name, part.stored.offset, part.stored.nbytes): part.stored.file
-        for ref in checkpoint.tensors.values()
-        for source_ref in ref.sources()
-        for part in map(source_ref.place, source_ref.parts)
-        if part.stored.file is not None and not part.stored.file.etag and part.stored.nbytes
-    }
-    for (_, offset, nbytes), file in sorted(places.items(), key=lambda each: each[0]):
-        digest.update(_bytes_at(file, offset, nbytes))
-    for step in checkpoint.history:
-        kept = {key: value for key, value in step.items() if key not in ("parents", "result")}
-        digest.update(json.dumps(kept, sort_keys=True).encode())
-    return digest.hexdigest()
-
-
-def _bytes_at(file: DataFile, offset: int, nbytes: int) -> bytes:
-    import numpy as np
-
-    size = min(SAMPLE, nbytes)
-    buffer = np.empty(size, np.uint8)
-    file.read_into(buffer, offset + (nbytes - size) // 2)
-    return buffer.tobytes()
+        return Decision(data, texts, (row,), _never_chosen(statistics))
 
 
 def _never_chosen(statistics: ExpertStatistics) -> tuple[Event, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field
@@ -48,7 +49,9 @@ class DropExperts(LayerOperator):
         (checkpoint,) = inputs.values()
         return self._pruned(checkpoint, Decision(self.placeholder(expert_shape(checkpoint)).as_dict()))
 
-    def finish(self, inputs: Mapping[str, Checkpoint], decision: Decision) -> Checkpoint:
+    def finish(
+        self, inputs: Mapping[str, Checkpoint], decision: Decision, folder: Path | None = None
+    ) -> Checkpoint:
         (checkpoint,) = inputs.values()
         return self._pruned(checkpoint, decision)
 

@@ -8,41 +8,23 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
-from surgery.calibrate.batches import Batch, make_batches
-from surgery.calibrate.budget import (
-    BATCH_TOKENS,
-    estimate_walk,
-    host_share,
-)
-from surgery.calibrate.data import CalibrationSet, read_calibration
+from surgery.calibrate.batches import Batch
 from surgery.calibrate.experts import Routing
 from surgery.calibrate.ranks import Ranks
-from surgery.calibrate.skeleton import compute_dtype, device_kind, placement
 from surgery.calibrate.statistics import ExpertStatistics, LayerStatistics
-from surgery.calibrate.threads import torch_threads
-from surgery.calibrate.tokenizer import load_tokenizer
-from surgery.calibrate.walk import LayerObserver, Replay, Walk, WalkSettings, room_for
+from surgery.calibrate.walk import LayerObserver, Replay, Walk
 from surgery.errors import CheckpointError
-from surgery.operators.experts.criterion import Criterion, model_fingerprint
-from surgery.operators.experts.keep import ExpertShape, keep_tensors, text_section
-from surgery.operators.protocol import RunContext
-from surgery.stream.checkpoint import Checkpoint, Event, TensorRef
+from surgery.operators.experts.criterion import Criterion
+from surgery.operators.experts.keep import ExpertShape, keep_tensors
+from surgery.operators.protocol import Decision, RunContext
+from surgery.operators.together import check_decodable
+from surgery.stream.checkpoint import Checkpoint, TensorRef
 
 if TYPE_CHECKING:
+    import torch
+
     from surgery.calibrate.layers import BuiltLayer
-
-
-@dataclass(frozen=True)
-class Collected:
-    """What a walk brought: sums, keep-lists, tokens by expert of the pruned layers, and how it went."""
-
-    statistics: ExpertStatistics
-    kept: Mapping[int, tuple[int, ...]]
-    load_after: Mapping[int, list[int]]
-    report: Mapping[str, Any]
-    events: tuple[Event, ...]
 
 
 @dataclass
@@ -123,44 +105,34 @@ class PruneStep:
         self.load_after = {int(layer): counts for layer, counts in state["load_after"].items()}
 
 
-def collect(
-    criterion: Criterion, checkpoint: Checkpoint, shape: ExpertShape, context: RunContext
-) -> Collected:
-    """Walk the model over the criterion's demonstrations."""
-    check_walkable(checkpoint, shape)
-    device, dtype = placement(context.device, context.dtype)
-    data, pad = calibration_set(criterion, checkpoint, context)
-    weights = sum(ref.numel for ref in checkpoint.tensors.values())
-    with torch_threads(context.threads, weights):
-        step = PruneStep(criterion, shape, data.domains, context.ranks)
-        provenance = {
-            "calibration": data.describe(), "model": model_fingerprint(checkpoint), "routing": "model",
-            "propagate": criterion.propagate, "device": device.type,
-            "dtype": str(dtype).removeprefix("torch."), "batch_tokens": BATCH_TOKENS[device.type],
-            "torch": str(torch.__version__),
-        }  # fmt: skip
-        keep, room = room_for(checkpoint, device, context.memory_bytes)
-        settings = WalkSettings(
-            device, dtype, room_bytes=room, keep=keep,
-            host_bytes=host_share(context.memory_bytes),
-            folder=context.folder, snapshot_seconds=context.snapshot_seconds, ranks=context.ranks,
-            trust_remote_code=context.trust_remote_code, progress=context.progress,
-        )  # fmt: skip
-        batches = make_batches(data.sequences, BATCH_TOKENS[device.type], pad)
-        walk = Walk(checkpoint, batches, [step], settings, criterion.propagate)
-        walk.fingerprint = {**provenance, "op": criterion.op, "params": criterion.summary()}
-        walk.run()
-    layers = dict(sorted(step.sums.items()))
-    return Collected(
-        ExpertStatistics(data.domains, layers, provenance),
-        dict(sorted(step.kept.items())),
-        step.load_after,
-        {
-            "calibration": data.describe(),
+@dataclass
+class Pruning:
+    """The part of a criterion in a walk."""
+
+    criterion: Criterion
+    shape: ExpertShape
+    ranks: Ranks
+
+    def __post_init__(self) -> None:
+        calibration = self.criterion.calibration
+        if calibration is None:
+            raise TypeError(f"{self.criterion.op} has no calibration data")
+        self._domains = tuple(calibration.files)
+        self._step = PruneStep(self.criterion, self.shape, self._domains, self.ranks)
+
+    @property
+    def steps(self) -> Sequence[PruneStep]:
+        return (self._step,)
+
+    def decision(self, walk: Walk) -> Decision:
+        provenance = {key: value for key, value in walk.fingerprint.items() if key != "ops"}
+        statistics = ExpertStatistics(self._domains, dict(sorted(self._step.sums.items())), provenance)
+        report = {
+            "calibration": provenance["calibration"],
             "layers": [{"layer": each.layer, "rms": each.rms, "change": each.change} for each in walk.report],
-        },
-        data_events(data),
-    )
+        }
+        kept = dict(sorted(self._step.kept.items()))
+        return self.criterion.decision_of(self.shape, statistics, kept, self._step.load_after, report)
 
 
 def check_walkable(checkpoint: Checkpoint, shape: ExpertShape) -> None:
@@ -172,51 +144,4 @@ def check_walkable(checkpoint: Checkpoint, shape: ExpertShape) -> None:
             "what each of them does cannot be observed",
             hint=hint,
         )
-    for ref in checkpoint.tensors.values():
-        if ref.info.layer is not None and not ref.info.mtp and not ref.codec.decodable:
-            raise CheckpointError(
-                f"{ref.name} is stored as {ref.codec.name}, which can be copied but not computed with",
-                hint=f"{hint}, or start from a bf16 or FP8 checkpoint",
-            )
-
-
-def calibration_set(
-    criterion: Criterion, checkpoint: Checkpoint, context: RunContext
-) -> tuple[CalibrationSet, int]:
-    """The sequences to walk over, and the id that fills up short rows."""
-    if criterion.calibration is None:
-        raise TypeError(f"{criterion.op} has no calibration data")
-    tokenizer = load_tokenizer(
-        checkpoint, add_bos=criterion.calibration.add_bos, trust_remote_code=context.trust_remote_code
-    )
-    config = text_section(checkpoint.config)
-    data = read_calibration(
-        criterion.calibration,
-        tokenizer,
-        folders=context.beside,
-        vocab_size=config.get("vocab_size"),
-        longest=config.get("max_position_embeddings"),
-    )
-    return data, tokenizer.pad
-
-
-def data_events(data: CalibrationSet) -> tuple[Event, ...]:
-    if not data.cut:
-        return ()
-    message = (
-        f"{data.cut} of {len(data.sequences)} demonstrations are longer than the sequence length: cut off"
-    )
-    return (Event("calibration", message),)
-
-
-def estimate(
-    criterion: Criterion, checkpoint: Checkpoint, shape: ExpertShape, context: RunContext
-) -> Mapping[str, Any]:
-    """The walk's needs for a plan. The device need not be there."""
-    check_walkable(checkpoint, shape)
-    data, pad = calibration_set(criterion, checkpoint, context)
-    kind = device_kind(context.device)
-    dtype = compute_dtype(kind, context.dtype)
-    shapes = [batch.shape for batch in make_batches(data.sequences, BATCH_TOKENS[kind], pad)]
-    found = estimate_walk(checkpoint, shapes, device=kind, dtype=dtype, memory_bytes=context.memory_bytes)
-    return {**found.as_dict(), "calibration": data.describe()}
+    check_decodable(checkpoint, f"{hint}, or start from a bf16 or FP8 checkpoint")

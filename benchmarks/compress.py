@@ -1,0 +1,134 @@
+"""Quality of sparsifying and quantizing on small trained models: perplexity and KL divergence.
+
+    python benchmarks/compress.py ZOO/dense ZOO/data            # all methods on a dense model
+    python benchmarks/compress.py ZOO/moe-base ZOO/data --set sparsify
+
+Calibrated on SEQUENCES windows of CONTEXT tokens of each of prose-, code- and math-calib.jsonl, documents
+joined; measured on the first windows of each DATA/<domain>-valid.jsonl and of wikitext2-test.txt, the KL
+divergence from the dense model in nats a token. Everything on the CPU in float32.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import surgery
+from surgery.evaluate.run import evaluate
+from surgery.stream.checkpoint import Checkpoint
+
+TEXTS = ("prose-valid.jsonl", "code-valid.jsonl", "math-valid.jsonl", "wikitext2-test.txt")
+SEQUENCES, CONTEXT, WINDOWS = 32, 512, 24
+
+
+def calibration(data: Path) -> dict[str, Any]:
+    files = {domain: [str(data / f"{domain}-calib.jsonl")] for domain in ("prose", "code", "math")}
+    return {"files": files, "num_samples": SEQUENCES, "sequence_length": CONTEXT, "packed": True}
+
+
+def sparsified(model: Checkpoint, given: dict[str, Any]) -> Iterator[tuple[str, Checkpoint]]:
+    family = surgery.sparsify
+    amounts: list[tuple[str, dict[str, Any]]] = [
+        ("50 %", {"sparsity": 0.5}), ("60 %", {"sparsity": 0.6}), ("2:4", {"pattern": "2:4"}),
+    ]  # fmt: skip
+    for name, amount in amounts:
+        yield f"magnitude {name}", family.magnitude(model, **amount)
+        for method in ("wanda", "sparsegpt", "admm"):
+            operator = getattr(family, method)
+            yield f"{method} {name}", operator(model, calibration=given, **amount)
+        yield (
+            f"sparsegpt {name}, in sequence",
+            family.sparsegpt(model, calibration=given, sequential=True, **amount),
+        )
+    for method in ("owl", "lsa"):
+        yield (
+            f"sparsegpt 60 %, {method}",
+            family.sparsegpt(model, calibration=given, sparsity=0.6, allocate=method),
+        )
+    joint = family.sparsegpt(model, calibration=given, sparsity=0.5, quantize="int4-g64")
+    yield "sparsegpt 50 % + int4-g64, jointly", joint
+
+
+def quantized(model: Checkpoint, given: dict[str, Any]) -> Iterator[tuple[str, Checkpoint]]:
+    family = surgery.quantize
+    for bits in (8, 4, 3, 2):
+        for group in (128, 64):
+            amount = {"bits": bits, "group_size": group}
+            yield f"rtn int{bits} g{group}", family.rtn(model, **amount)
+            yield f"gptq int{bits} g{group}", family.gptq(model, calibration=given, **amount)
+            yield f"awq int{bits} g{group}", family.awq(model, calibration=given, **amount)
+    amount = {"bits": 3, "group_size": 64}
+    for name, changes in (
+        ("asymmetric", {"symmetric": False}), ("mse grid", {"grid": "mse"}),
+        ("act order", {"act_order": True}), ("in sequence", {"sequential": True}),
+    ):  # fmt: skip
+        yield (
+            f"gptq int3 g64, {name}",
+            family.gptq(model, calibration=given, **amount, **changes),
+        )
+    for scheme in ("nf4", "mxfp4", "fp8", "fp8-block"):
+        yield f"rtn {scheme}", family.rtn(model, scheme=scheme)
+
+
+def measured(name: str, child: Checkpoint, model: Checkpoint, data: Path) -> dict[str, Any]:
+    row: dict[str, Any] = {"method": name}
+    for text in TEXTS:
+        found = evaluate(
+            {"child": child, "parent": model}, text=data / text, parent="parent", context=CONTEXT,
+            max_windows=WINDOWS,
+        )  # fmt: skip
+        score = next(each for each in found.rows if each.name == "child")
+        row[text.partition(".")[0]] = score.perplexity.value if score.perplexity else float("nan")
+        row["KL " + text.partition("-")[0]] = score.divergence.value if score.divergence else 0.0
+    changed = [
+        ref for ref in child.tensors.values() if ref.codec != model.tensors[ref.name].codec
+    ]
+    weights = sum(ref.numel for ref in changed)
+    row["bits"] = 8 * sum(ref.nbytes for ref in changed) / weights if weights else None
+    return row
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    columns = list(rows[0])
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    for row in rows:
+        cells = [f"{value:.4g}" if isinstance(value, float) else str(value or "") for value in row.values()]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--set", dest="which", choices=("sparsify", "quantize", "all"), default="all")
+    parser.add_argument("--only", default="", help="methods whose name holds this")
+    parser.add_argument("--json", type=Path, help="write the rows there as well")
+    given = parser.parse_args()
+    begun = time.time()
+    model = surgery.open(given.model)
+    data = calibration(given.data)
+    rows = [measured("(dense)", model.replace(label="dense"), model, given.data)]
+    for family, variants in (("sparsify", sparsified), ("quantize", quantized)):
+        if given.which not in (family, "all"):
+            continue
+        for name, child in variants(model, data):
+            if given.only in name:
+                rows.append(measured(name, child, model, given.data))
+                print(json.dumps(rows[-1]), flush=True)
+    if given.json:
+        given.json.write_text(json.dumps(rows, indent=1), encoding="utf-8")
+    machine = platform.processor() or platform.machine()
+    print(f"\n{machine}, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}, {time.time() - begun:.0f} s\n")
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main()

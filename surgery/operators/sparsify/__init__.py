@@ -1,0 +1,1 @@
+"""Operators that set weights to zero: one file a method, the pure function first."""

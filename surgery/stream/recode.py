@@ -1,0 +1,60 @@
+"""A change of stored form: values pass through, or codes where both forms have them (see `codecs.carry`)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from surgery.codecs.carry import carries, carry
+from surgery.codecs.codec import Codec
+from surgery.stream.checkpoint import (
+    ComputedRef,
+    Decision,
+    Part,
+    ReadContext,
+    StoredRef,
+    Sums,
+    TensorRef,
+)
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+
+@dataclass(frozen=True)
+class Recode:
+    """The kernel of a change of stored form."""
+
+    def decide(self, inputs: Sequence[TensorRef], context: ReadContext) -> Decision:
+        return Decision()
+
+    def combine(self, tiles: Sequence[torch.Tensor]) -> tuple[torch.Tensor, Sums]:
+        return tiles[0], ()
+
+    def metrics(self, sums: Sums, numel: int) -> dict[str, Any]:
+        return {}
+
+    def lineage(self) -> dict[str, Any]:
+        return {"op": "recode"}
+
+    def fuse(
+        self, inputs: Sequence[StoredRef], target: ComputedRef, start: int, stop: int, context: ReadContext
+    ) -> tuple[dict[str, np.ndarray[Any, Any]], Sums] | None:
+        """See `surgery.stream.fused.FusedKernel`."""
+        source = inputs[0]
+        if not carries(source.codec, target.codec, target.shape):
+            return None
+        raw = {part.key: source.raw(part, start, stop, context) for part in source.parts}
+        source.check_finite(raw, context)
+        return carry(source.codec, target.codec, target.shape, start, stop, raw), ()
+
+
+def recode(ref: TensorRef, codec: Codec, parts: tuple[Part, ...]) -> TensorRef:
+    """`ref` stored in another form; refs that already have it come back unchanged."""
+    if ref.codec == codec and ref.parts == parts:
+        return ref
+    if isinstance(ref, ComputedRef):
+        return ref.with_form(codec, parts)
+    return ComputedRef(ref, (ref,), Recode()).with_form(codec, parts)
