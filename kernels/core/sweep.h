@@ -22,7 +22,8 @@ struct Sweep {
     int64_t group_batch;
     float* values;  // [batch, rows, cols]; may be the weights themselves
     int64_t value_batch, value_row;
-    float* errors;  // [batch, rows, cols], contiguous
+    float* errors;  // [batch, rows, cols]
+    int64_t error_batch, error_row;
     uint8_t* codes;  // [batch, rows, cols]; null without a grid
     int64_t code_batch, code_row;
     int64_t batch, rows, groups;

@@ -58,7 +58,7 @@ void store(const Sweep& job, const Rows& rows, const Tile& tile) {
     for (int lane = 0; lane < rows.count; ++lane) {
         const int64_t row = rows.first + lane;
         float* value = job.values + rows.batch * job.value_batch + row * job.value_row;
-        float* error = job.errors + (rows.batch * job.rows + row) * job.cols;
+        float* error = job.errors + rows.batch * job.error_batch + row * job.error_row;
         for (int c = 0; c < job.cols; ++c) value[c] = tile.value[c].row[lane];
         for (int c = 0; c < job.cols; ++c) error[c] = tile.error[c].row[lane];
         if (!job.codes) continue;

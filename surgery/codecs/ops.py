@@ -134,9 +134,9 @@ def sweep_block(
     """`column_sweep.sweep_block` to the last bit: sweep float32 weights [batch, rows, cols] with the block
     [batch, cols, cols] of U.
 
-    Operands may be slices of larger matrices. `into` is where results go: its values, which may be the
-    weights, and its codes may be slices too. Native up to 128 columns and 16 of a pattern, the torch form
-    beyond. CUDA does not check that `grid.group` lies within the groups.
+    Operands may be slices of larger matrices, and so may `into`, where results go; its values may be the
+    weights. Native up to 128 columns and 16 of a pattern, the torch form beyond. CUDA does not check that
+    `grid.group` lies within the groups.
     """
     _check_sweep(weights, factor, mask, pattern, grid)
     into = into or SweptBlock(
@@ -166,7 +166,7 @@ def sweep_block(
         group=_place(grid.group if grid else None),
         group_batch=grid.group.stride(0) if grid else 0,
         **_strided(into.values, "values", "value"),
-        errors=into.errors.data_ptr(),
+        **_strided(into.errors, "errors", "error"),
         **_strided(into.codes if grid else None, "codes", "code"),
         batch=batch,
         rows=rows,
@@ -229,14 +229,14 @@ def _check_results(weights: torch.Tensor, grid: BlockGrid | None, into: SweptBlo
     shape = tuple(weights.shape)
     _fits("values", into.values, shape, (torch.float32,), weights)
     _fits("errors", into.errors, shape, (torch.float32,), weights)
-    places = [into.values]
+    places = [into.values, into.errors]
     if grid is not None:
         if into.codes is None:
             raise UsageError("there is a grid, but no place for codes")
         _fits("codes", into.codes, shape, (torch.uint8,), weights)
         places.append(into.codes)
-    if not into.errors.is_contiguous() or any(each.stride(-1) != 1 < each.shape[-1] for each in places):
-        raise UsageError("errors must be contiguous, values and codes in their last dimension")
+    if any(each.stride(-1) != 1 < each.shape[-1] for each in places):
+        raise UsageError("values, errors and codes must be contiguous in their last dimension")
 
 
 def _fits(
