@@ -87,9 +87,7 @@ def measured(name: str, child: Checkpoint, model: Checkpoint, data: Path) -> dic
         score = next(each for each in found.rows if each.name == "child")
         row[text.partition(".")[0]] = score.perplexity.value if score.perplexity else float("nan")
         row["KL " + text.partition("-")[0]] = score.divergence.value if score.divergence else 0.0
-    changed = [
-        ref for ref in child.tensors.values() if ref.codec != model.tensors[ref.name].codec
-    ]
+    changed = [ref for ref in child.tensors.values() if ref.codec != model.tensors[ref.name].codec]
     weights = sum(ref.numel for ref in changed)
     row["bits"] = 8 * sum(ref.nbytes for ref in changed) / weights if weights else None
     return row
@@ -126,7 +124,8 @@ def main() -> None:
     if given.json:
         given.json.write_text(json.dumps(rows, indent=1), encoding="utf-8")
     machine = platform.processor() or platform.machine()
-    print(f"\n{machine}, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}, {time.time() - begun:.0f} s\n")
+    seconds = time.time() - begun
+    print(f"\n{machine}, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}, {seconds:.0f} s\n")
     print(table(rows))
 
 

@@ -26,7 +26,7 @@ from surgery.stream.formats import stored_as
 
 if TYPE_CHECKING:
     from surgery.calibrate.walk import Walk
-    from surgery.operators.layerwise.problem import Matrix, Problem, Solution, Work
+    from surgery.operators.layerwise.problem import Matrix, Problem, Solved, Work
     from surgery.operators.layerwise.step import Solving, WaveStep
 
 REPORT = "surgery_matrices.json"
@@ -85,10 +85,10 @@ class MatrixOperator(LayerOperator):
         """The config that goes with the solved tensors."""
         return checkpoint.config
 
-    def solve(self, problem: Problem) -> Solution:
+    def solve(self, problem: Problem) -> Solved:
         raise TypeError(f"{type(self).__name__} cannot solve")
 
-    def fall_back(self, problem: Problem) -> Solution:
+    def fall_back(self, problem: Problem) -> Solved:
         raise TypeError(f"{type(self).__name__} has nothing to fall back on")
 
     def walk_key(self) -> tuple[Any, ...] | None:
@@ -120,7 +120,7 @@ class MatrixOperator(LayerOperator):
         return self._with(checkpoint, lambda ref, work: made_ref(ref, work.codec, self.op, spool), kept)
 
     def estimate(self, inputs: Mapping[str, Checkpoint], context: RunContext) -> Mapping[str, Any]:
-        from surgery.operators.layerwise.step import problem_bytes
+        from surgery.operators.layerwise.assemble import problem_bytes
         from surgery.operators.together import estimate_together
 
         (checkpoint,) = inputs.values()

@@ -51,6 +51,13 @@ class Problem:
     gram: torch.Tensor | None
     tokens: list[int]
 
+    @property
+    def known_gram(self) -> torch.Tensor:
+        """The gram of an operator that asked for it."""
+        if self.gram is None:
+            raise TypeError("no Gram matrix was taken")
+        return self.gram
+
     def of(self, index: int) -> Problem:
         """The problem of one of the B alone."""
         one = slice(index, index + 1)
@@ -61,7 +68,7 @@ class Problem:
 
 
 @dataclass
-class Solution:
+class Solved:
     """values [B, R, C] in float32, as readers will have them; their codes where there are any; the damping
     that each of the B took; and why one of them could not be solved (None: it was)."""
 

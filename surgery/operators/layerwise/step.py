@@ -8,7 +8,7 @@ new tensors stand in for the old ones; where the operator solves in sequence, af
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import sqrt
 from pathlib import Path
@@ -16,13 +16,12 @@ from typing import Any, Protocol
 
 import torch
 
-from surgery.calibrate.inputs import InputSums, LayerInputs
-from surgery.calibrate.state import decode
+from surgery.calibrate.inputs import LayerInputs
 from surgery.calibrate.walk import LayerObserver, Replay
 from surgery.codecs.codec import Codec, IntCodec
 from surgery.codecs.grid import Quantized
-from surgery.errors import CheckpointError
-from surgery.operators.layerwise.problem import Matrix, Problem, Solution
+from surgery.operators.layerwise.assemble import problems
+from surgery.operators.layerwise.problem import Matrix, Problem, Solved
 from surgery.stream.checkpoint import Checkpoint, TensorRef
 from surgery.stream.files import StoredTensor
 from surgery.stream.spool import SUFFIX, Made, made_ref, read_spool, write_spool
@@ -44,9 +43,9 @@ class Solver(Protocol):
     @property
     def sequential(self) -> bool: ...
 
-    def solve(self, problem: Problem) -> Solution: ...
+    def solve(self, problem: Problem) -> Solved: ...
 
-    def fall_back(self, problem: Problem) -> Solution:
+    def fall_back(self, problem: Problem) -> Solved:
         """Without inputs."""
 
 
@@ -75,11 +74,12 @@ class Solving:
         self, layer: int, number: int, refs: Sequence[TensorRef], inputs: LayerInputs
     ) -> Sequence[TensorRef] | None:
         """Solve a wave whose inputs are taken; the layer's tensors once they change."""
-        matrices = self.plan[layer][number]
-        current = {ref.name: ref for ref in refs}
         made: list[Made] = []
-        for batch, sums in self._batches(matrices, inputs):
-            made += self._solved(layer, [[(m, current[m.ref.name]) for m in group] for group in batch], sums)
+        for batch, problem in problems(
+            layer, self.plan[layer][number], refs, inputs, self.device, self.room_bytes,
+            gram=self.solver.needs_gram,
+        ):  # fmt: skip
+            made += self._solved(batch, problem)
         name = f"solved-{layer:05d}-{number:02d}{SUFFIX}"
         self.files[name] = write_spool(self.folder / name, made)
         spool = read_spool(self.folder / name)
@@ -90,35 +90,7 @@ class Solving:
         held, self._held = self._held, {}
         return [held.get(ref.name, ref) for ref in refs]
 
-    def _batches(
-        self, matrices: Sequence[Matrix], inputs: LayerInputs
-    ) -> Iterator[tuple[list[list[Matrix]], list[InputSums | None]]]:
-        """Groups of matrices that share their inputs, those of equal shapes together, with their inputs."""
-        groups: dict[tuple[Any, ...], list[Matrix]] = {}
-        for matrix in matrices:
-            if matrix.module is not None:
-                place: Any = inputs.of_module(matrix.module)[0]
-            else:
-                place = (matrix.expert, matrix.site)
-            groups.setdefault((place, matrix.work), []).append(matrix)
-        alike: dict[tuple[Any, ...], list[list[Matrix]]] = {}
-        for group in groups.values():
-            shapes = tuple(matrix.ref.shape for matrix in group)
-            alike.setdefault((shapes, group[0].work), []).append(group)
-        for shape, members in alike.items():
-            size = max(1, self.room_bytes // problem_bytes(shape[0], gram=self.solver.needs_gram))
-            for begin in range(0, len(members), size):
-                batch = members[begin : begin + size]
-                yield batch, [_sums(group[0], inputs) for group in batch]
-
-    def _solved(
-        self,
-        layer: int,
-        batch: Sequence[Sequence[tuple[Matrix, TensorRef]]],
-        sums: Sequence[InputSums | None],
-    ) -> list[Made]:
-        problem = self._problem(layer, batch, sums)
-        self._check_finite(problem, batch)
+    def _solved(self, batch: Sequence[Sequence[Matrix]], problem: Problem) -> list[Made]:
         poor = [tokens < self.solver.min_tokens for tokens in problem.tokens]
         plain = self.solver.fall_back(problem)
         found = plain if all(poor) else self.solver.solve(problem)
@@ -135,7 +107,8 @@ class Solving:
             before = relative_errors(one, plain.values[index : index + 1])
             damping = found.damping[index] if found.damping and reasons[index] is None else None
             begin = 0
-            for place, (matrix, ref) in enumerate(group):
+            for place, matrix in enumerate(group):
+                ref = matrix.ref
                 rows = slice(begin, begin + ref.shape[0])
                 begin += ref.shape[0]
                 values = source.values[index, rows]
@@ -147,40 +120,6 @@ class Solving:
                     "tokens": problem.tokens[index], "damping": damping, "fallback": reasons[index],
                 })  # fmt: skip
         return made
-
-    def _problem(
-        self,
-        layer: int,
-        batch: Sequence[Sequence[tuple[Matrix, TensorRef]]],
-        sums: Sequence[InputSums | None],
-    ) -> Problem:
-        weights = torch.stack([
-            torch.cat([decode(ref, torch.float32, self.device).view(ref.shape) for _, ref in group])
-            for group in batch
-        ])  # fmt: skip
-        zero = InputSums.zeros(weights.shape[2], self.device, gram=self.solver.needs_gram)
-        known = [each or zero for each in sums]
-        grams = [each.gram for each in known if each.gram is not None]
-        return Problem(
-            layer,
-            batch[0][0][0].work.wanted,
-            weights,
-            tuple(ref.shape[0] for _, ref in batch[0]),
-            torch.stack([each.squares for each in known]),
-            torch.stack([each.magnitudes for each in known]),
-            torch.stack(grams) if grams else None,
-            [each.tokens for each in known],
-        )
-
-    def _check_finite(self, problem: Problem, batch: Sequence[Sequence[tuple[Matrix, TensorRef]]]) -> None:
-        for values, what in ((problem.weights, "its weights hold"), (problem.squares, "its inputs hold")):
-            fine = torch.isfinite(values).flatten(1).all(dim=1).tolist()
-            if not all(fine):
-                name = batch[fine.index(False)][0][0].ref.name
-                raise CheckpointError(
-                    f"{name} cannot be solved: {what} NaN or infinity",
-                    hint="look at the model (surgery verify), or compute in float32 (--dtype float32)",
-                )
 
 
 @dataclass
@@ -220,12 +159,6 @@ class WaveStep:
             self.solving.files.update(state["files"])
 
 
-def problem_bytes(shapes: Sequence[tuple[int, ...]], *, gram: bool) -> int:
-    """Bytes that one of a batch takes while it is solved: weights, values, errors, codes; gram and factor."""
-    rows, columns = sum(shape[0] for shape in shapes), shapes[0][1]
-    return 4 * rows * columns * 5 + (4 * columns * columns * 4 if gram else 0)
-
-
 def relative_errors(problem: Problem, values: torch.Tensor) -> list[float]:
     """‖(W − W')X‖ / ‖WX‖ of each matrix of a problem of one; without a gram, as if its inputs were
     independent of one another."""
@@ -260,12 +193,6 @@ def open_spools(folder: Path, files: Mapping[str, str]) -> dict[str, StoredTenso
     for name in files:
         found |= read_spool(folder / name)
     return found
-
-
-def _sums(matrix: Matrix, inputs: LayerInputs) -> InputSums | None:
-    if matrix.module is not None:
-        return inputs.of_module(matrix.module)[1]
-    return None if matrix.expert is None else inputs.of_expert(matrix.expert, matrix.site)
 
 
 def _rows_of(codes: Quantized | None, index: int, rows: slice) -> Quantized | None:

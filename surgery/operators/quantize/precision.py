@@ -16,11 +16,11 @@ head stay as they are unless `schemes` names them. Names of schemes are in `surg
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, field_validator, model_validator
 
-from surgery.codecs.forms import codec_of
+from surgery.codecs.forms import ScaleDtype, codec_of
 from surgery.codecs.schemes import IntScheme, Scheme, parse_scheme
 from surgery.errors import PlanError
 from surgery.operators.layerwise.operator import check_plain
@@ -46,7 +46,7 @@ class Precision(Operator):
     """A scheme by name instead of bits: fp8, fp8-block, nf4, mxfp4, int4-g64."""
     schemes: dict[str, str] = Field(default_factory=dict)
     """Other schemes for some matrices: role or selector to the name of a scheme, or `keep`."""
-    scale_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    scale_dtype: ScaleDtype = "bfloat16"
     """The dtype that scales of whole-number schemes are stored in, and computed with."""
 
     @field_validator("scheme")
@@ -104,6 +104,8 @@ class Precision(Operator):
 
     def config_after(self, checkpoint: Checkpoint, tensors: Mapping[str, TensorRef]) -> Mapping[str, Any]:
         """The config with the quantization_config of these tensors."""
+        from surgery.stream.quantization_configs import with_quantization
+
         return with_quantization(checkpoint.config, tensors)
 
     def _parsed(self, text: str) -> Scheme | None:

@@ -5,7 +5,7 @@
 (their mean over the weights is then what `sparsity` says, or it is left out), or by what a first walk finds
 (`owl`, `lsa`, see `ratios.py`).
 
-Sparse weights are stored dense, with zeros, in the form that they had: no published engine loads a packed one.
+Sparse weights are stored dense, with zeros, in the form that they had: no published engine loads another.
 """
 
 from __future__ import annotations
