@@ -239,6 +239,13 @@ def test_empty_and_wide_blocks(shape: tuple[int, int, int]) -> None:
     compare("cpu", torch.randn(shape), factors(shape[0], shape[2]))
 
 
+def test_float64_takes_the_torch_form() -> None:
+    weights, factor = torch.randn(2, 5, 8).double(), factors(2, 8).double()
+    found = ops.sweep_block(weights, factor, pattern=(2, 4))
+    want = column_sweep.sweep_block(weights, factor, pattern=(2, 4))
+    assert torch.equal(found.values, want.values) and torch.equal(found.errors, want.errors)
+
+
 def test_operands_that_do_not_fit_are_refused() -> None:
     weights, factor = torch.randn(2, 5, 12), factors(2, 12)
     grid = grids(2, 5, 12, 3, 15)
