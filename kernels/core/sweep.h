@@ -22,7 +22,8 @@ struct Sweep {
     int64_t group_batch;
     float* values;  // [batch, rows, cols]; may be the weights themselves
     int64_t value_batch, value_row;
-    float* errors;  // [batch, rows, cols], contiguous
+    float* errors;  // [batch, rows, cols]
+    int64_t error_batch, error_row;
     uint8_t* codes;  // [batch, rows, cols]; null without a grid
     int64_t code_batch, code_row;
     int64_t batch, rows, groups;
@@ -38,6 +39,12 @@ SURGERY_FN float grid_offset(float quotient, float low, float high) {
     float clamped = quotient < low ? low : quotient;
     clamped = clamped > high ? high : clamped;
     return (clamped + 12582912.0f) - 12582912.0f;
+}
+
+// The code at an offset from the zero point, which is -low; 0 where it is NaN.
+SURGERY_FN uint8_t grid_code(float offset, float low) {
+    const float code = offset - low;
+    return (uint8_t)(int32_t)(code == code ? code : 0.0f);
 }
 
 // Orders as (w / U)^2 does, every NaN after the numbers and equal to the others.

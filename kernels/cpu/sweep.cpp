@@ -58,7 +58,7 @@ void store(const Sweep& job, const Rows& rows, const Tile& tile) {
     for (int lane = 0; lane < rows.count; ++lane) {
         const int64_t row = rows.first + lane;
         float* value = job.values + rows.batch * job.value_batch + row * job.value_row;
-        float* error = job.errors + (rows.batch * job.rows + row) * job.cols;
+        float* error = job.errors + rows.batch * job.error_batch + row * job.error_row;
         for (int c = 0; c < job.cols; ++c) value[c] = tile.value[c].row[lane];
         for (int c = 0; c < job.cols; ++c) error[c] = tile.error[c].row[lane];
         if (!job.codes) continue;
@@ -108,10 +108,9 @@ inline __attribute__((always_inline)) void settle(Tile& tile, int c, float diago
         const float w = value[lane];
         float q = w;
         if (GRID) {
-            float offset = grid_offset(w / points.scale[lane], points.low[lane], points.high[lane]);
+            const float offset = grid_offset(w / points.scale[lane], points.low[lane], points.high[lane]);
             q = offset * points.scale[lane];
-            offset = gone[lane] || offset != offset ? 0.0f : offset;
-            code[lane] = (uint8_t)(points.zero[lane] + (int32_t)offset);
+            code[lane] = grid_code(gone[lane] ? 0.0f : offset, points.low[lane]);
         }
         q = gone[lane] ? 0.0f : q;
         error[lane] = (w - q) / diagonal;

@@ -252,8 +252,7 @@ __device__ __forceinline__ void sweep_slot(const Sweep& job, const float* shared
             if (lane == owner) {
                 kept.at[k] = q;
                 error.at[k] = e;
-                if (GRID)
-                    code |= (uint32_t)(__float2int_rn(gone ? 0.0f : offset) + (int)(mine.zero[s] >> 8 * k & 255)) << 8 * k;
+                if (GRID) code |= (uint32_t)grid_code(gone ? 0.0f : offset, low[k]) << 8 * k;
             }
             const float4* behind = (const float4*)(shared + col * MOST_COLS) + lane;
 #pragma unroll
@@ -271,7 +270,8 @@ __device__ __forceinline__ void sweep_slot(const Sweep& job, const float* shared
     const bool whole = aligned && count == QUAD;
     float* values = job.values + blockIdx.y * job.value_batch + row * job.value_row + mine_first;
     store4(values, count, whole, kept);
-    store4(job.errors + (blockIdx.y * job.rows + row) * job.cols + mine_first, count, whole, error);
+    float* errors = job.errors + blockIdx.y * job.error_batch + row * job.error_row + mine_first;
+    store4(errors, count, whole, error);
     if (!GRID) return;
     uint8_t* codes = job.codes + blockIdx.y * job.code_batch + row * job.code_row + mine_first;
     if (whole) {
@@ -326,11 +326,10 @@ bool even(const void* pointer, int64_t size, int64_t batch, int64_t row) {
 }  // namespace
 
 extern "C" int32_t surgery_cuda_sweep(const Sweep* job, cudaStream_t stream) {
-    const int64_t batch = job->rows * job->cols;
     const bool aligned = even(job->weights, 4, job->weight_batch, job->weight_row) &&
                          even(job->factor, 4, job->factor_batch, job->factor_row) &&
                          even(job->values, 4, job->value_batch, job->value_row) &&
-                         even(job->errors, 4, batch, job->cols) &&
+                         even(job->errors, 4, job->error_batch, job->error_row) &&
                          (!job->codes || even(job->codes, 1, job->code_batch, job->code_row));
     return job->scales ? choose<true>(*job, aligned, stream) : choose<false>(*job, aligned, stream);
 }

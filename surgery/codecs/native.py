@@ -60,6 +60,8 @@ class Sweep(ctypes.Structure):
         ("value_batch", ctypes.c_int64),
         ("value_row", ctypes.c_int64),
         ("errors", ctypes.c_void_p),
+        ("error_batch", ctypes.c_int64),
+        ("error_row", ctypes.c_int64),
         ("codes", ctypes.c_void_p),
         ("code_batch", ctypes.c_int64),
         ("code_row", ctypes.c_int64),

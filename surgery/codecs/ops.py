@@ -134,20 +134,21 @@ def sweep_block(
     """`column_sweep.sweep_block` to the last bit: sweep float32 weights [batch, rows, cols] with the block
     [batch, cols, cols] of U.
 
-    Operands may be slices of larger matrices. `into` is where results go: its values, which may be the
-    weights, and its codes may be slices too. Native up to 128 columns and 16 of a pattern, the torch form
-    beyond. CUDA does not check that `grid.group` lies within the groups.
+    Operands may be slices of larger matrices, and so may `into`, where results go; its values may be the
+    weights. Native up to 128 columns and 16 of a pattern; beyond, and in float64, the torch form. CUDA does
+    not check that `grid.group` lies within the groups.
     """
     _check_sweep(weights, factor, mask, pattern, grid)
     into = into or SweptBlock(
-        torch.empty(weights.shape, dtype=torch.float32, device=weights.device),
-        torch.empty(weights.shape, dtype=torch.float32, device=weights.device),
+        torch.empty(weights.shape, dtype=weights.dtype, device=weights.device),
+        torch.empty(weights.shape, dtype=weights.dtype, device=weights.device),
         torch.empty(weights.shape, dtype=torch.uint8, device=weights.device) if grid else None,
     )
     _check_results(weights, grid, into)
     found = library_for(weights)
     batch, rows, cols = weights.shape
-    if found.library is None or not weights.numel() or cols > 128 or (pattern and pattern[1] > 16):
+    fits = weights.dtype == torch.float32 and cols <= 128 and (pattern is None or pattern[1] <= 16)
+    if found.library is None or not weights.numel() or not fits:
         swept = column_sweep.sweep_block(weights, factor, mask=mask, pattern=pattern, grid=grid)
         for mine, theirs in zip(into, swept, strict=True):
             if mine is not None and theirs is not None:
@@ -166,7 +167,7 @@ def sweep_block(
         group=_place(grid.group if grid else None),
         group_batch=grid.group.stride(0) if grid else 0,
         **_strided(into.values, "values", "value"),
-        errors=into.errors.data_ptr(),
+        **_strided(into.errors, "errors", "error"),
         **_strided(into.codes if grid else None, "codes", "code"),
         batch=batch,
         rows=rows,
@@ -203,10 +204,10 @@ def _check_sweep(
     pattern: tuple[int, int] | None,
     grid: BlockGrid | None,
 ) -> None:
-    if weights.dim() != 3 or weights.dtype != torch.float32:
+    if weights.dim() != 3 or weights.dtype not in (torch.float32, torch.float64):
         raise UsageError(f"a sweep is over float32 [batch, rows, cols], not {_told(weights)}")
     batch, rows, cols = weights.shape
-    _fits("factor", factor, (batch, cols, cols), (torch.float32,), weights)
+    _fits("factor", factor, (batch, cols, cols), (weights.dtype,), weights)
     if mask is not None:
         _fits("mask", mask, (batch, rows, cols), (torch.uint8, torch.bool), weights)
     if pattern is not None and not (0 < pattern[0] <= pattern[1] and cols % pattern[1] == 0):
@@ -214,7 +215,7 @@ def _check_sweep(
     if grid is None:
         return
     groups = grid.scales.shape[-1]
-    _fits("scales", grid.scales, (batch, rows, groups), (torch.float32,), weights)
+    _fits("scales", grid.scales, (batch, rows, groups), (torch.float32, weights.dtype), weights)
     _fits("zeros", grid.zeros, (batch, rows, groups), (torch.uint8,), weights)
     _fits("group", grid.group, (batch, cols), (torch.int32,), weights)
     if not 0 < grid.top < 256:
@@ -227,16 +228,16 @@ def _check_sweep(
 
 def _check_results(weights: torch.Tensor, grid: BlockGrid | None, into: SweptBlock) -> None:
     shape = tuple(weights.shape)
-    _fits("values", into.values, shape, (torch.float32,), weights)
-    _fits("errors", into.errors, shape, (torch.float32,), weights)
-    places = [into.values]
+    _fits("values", into.values, shape, (weights.dtype,), weights)
+    _fits("errors", into.errors, shape, (weights.dtype,), weights)
+    places = [into.values, into.errors]
     if grid is not None:
         if into.codes is None:
             raise UsageError("there is a grid, but no place for codes")
         _fits("codes", into.codes, shape, (torch.uint8,), weights)
         places.append(into.codes)
-    if not into.errors.is_contiguous() or any(each.stride(-1) != 1 < each.shape[-1] for each in places):
-        raise UsageError("errors must be contiguous, values and codes in their last dimension")
+    if any(each.stride(-1) != 1 < each.shape[-1] for each in places):
+        raise UsageError("values, errors and codes must be contiguous in their last dimension")
 
 
 def _fits(

@@ -181,10 +181,11 @@ def test_operands_and_results_may_be_slices(device: str) -> None:
         want = column_sweep.sweep_block(whole[..., cut].cpu(), upper[:, cut, cut].cpu(),
                                         grid=moved(grid_there, "cpu"))  # fmt: skip
         before = whole.clone()
-        into = SweptBlock(whole[..., cut], torch.empty(2, 41, last - first, device=device), codes[..., cut])
+        errors = torch.empty(2, 41, 400, device=device)[..., 100 : 100 + last - first]
+        into = SweptBlock(whole[..., cut], errors, codes[..., cut])
         found = ops.sweep_block(whole[..., cut], upper[:, cut, cut], grid=grid_there, into=into)
         same(found, want)
-        same(SweptBlock(whole[..., cut], found.errors, codes[..., cut]), want)
+        same(SweptBlock(whole[..., cut], errors, codes[..., cut]), want)
         assert torch.equal(whole[..., :first], before[..., :first])
         assert torch.equal(whole[..., last:], before[..., last:])
 
@@ -236,6 +237,13 @@ def test_without_kernels_the_torch_form_serves(monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize("shape", [(0, 4, 8), (2, 0, 8), (1, 3, 200)], ids=str)
 def test_empty_and_wide_blocks(shape: tuple[int, int, int]) -> None:
     compare("cpu", torch.randn(shape), factors(shape[0], shape[2]))
+
+
+def test_float64_takes_the_torch_form() -> None:
+    weights, factor = torch.randn(2, 5, 8).double(), factors(2, 8).double()
+    found = ops.sweep_block(weights, factor, pattern=(2, 4))
+    want = column_sweep.sweep_block(weights, factor, pattern=(2, 4))
+    assert torch.equal(found.values, want.values) and torch.equal(found.errors, want.errors)
 
 
 def test_operands_that_do_not_fit_are_refused() -> None:

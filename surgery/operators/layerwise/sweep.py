@@ -15,8 +15,9 @@ from typing import NamedTuple
 
 import torch
 
-from surgery.codecs.column_sweep import BlockGrid, sweep_block
+from surgery.codecs.column_sweep import BlockGrid, SweptBlock
 from surgery.codecs.grid import Quantized
+from surgery.codecs.ops import sweep_block
 
 
 class Solution(NamedTuple):
@@ -51,28 +52,28 @@ def sweep_columns(
     """
     cols = weights.shape[-1]
     segment = block_size if group == 1 else min(group, block_size)
-    codes: list[torch.Tensor] = []
+    codes: torch.Tensor | None = None
     for start, stop in column_blocks(cols, block_size, group):
         errors = weights.new_empty(*weights.shape[:-1], stop - start)
         for first in range(start, stop, segment):
             last = min(first + segment, stop)
+            now, error = weights[..., first:last], errors[..., first - start : last - start]
             mask, pattern, grid = decide(weights, first, last)
-            swept = sweep_block(
-                weights[..., first:last].contiguous(),
-                upper[:, first:last, first:last].contiguous(),
+            if grid is not None and codes is None:
+                codes = torch.empty_like(weights, dtype=torch.uint8)
+            sweep_block(
+                now,
+                upper[:, first:last, first:last],
                 mask=mask,
                 pattern=pattern,
                 grid=grid,
+                into=SweptBlock(now, error, None if codes is None else codes[..., first:last]),
             )
-            weights[..., first:last] = swept.values
-            errors[..., first - start : last - start] = swept.errors
-            if swept.codes is not None:
-                codes.append(swept.codes)
             if last < stop:
-                weights[..., last:stop] -= swept.errors @ upper[:, first:last, last:stop]
+                weights[..., last:stop] -= error @ upper[:, first:last, last:stop]
         if stop < cols:
             weights[..., stop:].baddbmm_(errors, upper[:, start:stop, stop:], alpha=-1)
-    return torch.cat(codes, -1) if codes else None
+    return codes
 
 
 def column_blocks(cols: int, size: int, group: int) -> list[tuple[int, int]]:
