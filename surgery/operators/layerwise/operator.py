@@ -17,7 +17,8 @@ from pydantic import Field
 
 from surgery.calibrate.data import Calibration, find_file
 from surgery.codecs.fp8_block import Fp8Block
-from surgery.codecs.plain import Plain
+from surgery.codecs.nf4 import Bnb4
+from surgery.codecs.plain import Opaque, Plain
 from surgery.codecs.schemes import IntScheme
 from surgery.errors import CheckpointError, PlanError
 from surgery.operators.protocol import Decision, LayerOperator, Participant, RunContext, record_step
@@ -302,7 +303,14 @@ def check_groups(ref: TensorRef, scheme: IntScheme) -> None:
 
 
 def quantized_config(config: Mapping[str, Any], tensors: Mapping[str, TensorRef]) -> Mapping[str, Any]:
-    """A config that says how these tensors are stored."""
-    from surgery.stream.quantization_configs import with_quantization
+    """A config that says how these tensors are stored. Raises PlanError where no published format holds all
+    of their forms."""
+    from surgery.stream.quantization_configs import quantization_config
 
-    return with_quantization(config, tensors)
+    kinds = {type(ref.codec) for ref in tensors.values() if not isinstance(ref.codec, Plain | Opaque)}
+    form = "compressed-tensors"
+    if kinds == {Fp8Block}:
+        form = "fp8-block"
+    elif Bnb4 in kinds:
+        form = "bnb-nf4"
+    return {**config, "quantization_config": quantization_config(tensors, form)}
