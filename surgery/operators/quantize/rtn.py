@@ -7,6 +7,7 @@ from typing import ClassVar, Literal
 
 import torch
 
+from surgery.codecs.codec import Codec
 from surgery.codecs.grid import GridMethod, Quantized, fit_grid, quantize
 from surgery.codecs.schemes import IntScheme
 from surgery.errors import PlanError
@@ -14,6 +15,7 @@ from surgery.operators.protocol import PREVIOUS, Kind, record_step
 from surgery.operators.quantize.precision import Precision
 from surgery.stream.checkpoint import Checkpoint, TensorRef
 from surgery.stream.formats import stored_as
+from surgery.stream.recode import RoundedRef, Rounding
 
 
 def rtn(
@@ -47,7 +49,7 @@ class RoundToNearest(Precision):
         changed = 0
         for name, ref in checkpoint.tensors.items():
             work = None if ref.info.mtp and self.mtp == "keep" else self.work(ref)
-            tensors[name] = ref if work is None else stored_as(ref, work.codec)
+            tensors[name] = ref if work is None else self._rounded(ref, work.codec)
             changed += work is not None
         if not changed:
             raise PlanError(
@@ -60,3 +62,6 @@ class RoundToNearest(Precision):
         return checkpoint.replace(
             tensors=tensors, config=self.config_after(checkpoint, tensors), label=label, history=history
         )
+
+    def _rounded(self, ref: TensorRef, codec: Codec) -> TensorRef:
+        return RoundedRef(ref, Rounding(self.op, codec)).with_form(codec, stored_as(ref, codec).parts)
