@@ -37,6 +37,7 @@ import torch
 from surgery.calibrate.inputs import InputSums
 from surgery.codecs import column_sweep, ops
 from surgery.codecs.column_sweep import BlockGrid, SweptBlock
+from surgery.codecs.dispatch import library_for
 from surgery.codecs.grid import absmax_grid
 from surgery.codecs.schemes import IntScheme
 from surgery.operators.layerwise.hessian import factorize
@@ -447,7 +448,7 @@ def main() -> None:
     torch.set_grad_enabled(False)
     start = time.perf_counter()
     device = torch.cuda.get_device_name() if CUDA else "CPU"
-    kernels = ops.library_for(torch.empty(0, device=DEVICE))
+    kernels = library_for(torch.empty(0, device=DEVICE))
     print(f"{device}, torch {torch.__version__}, kernels {kernels.path} {kernels.reason}, seed {seed}")
     print(f"built in {time.perf_counter() - start:.1f} s", flush=True)
     found: dict[str, Any] = {"device": device, "torch": torch.__version__, "kernels": kernels.path}

@@ -10,16 +10,17 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 
 from surgery.codecs import column_sweep, native, reference
 from surgery.codecs.column_sweep import BlockGrid, SweptBlock
+from surgery.codecs.dispatch import call, check, library_for, place, told
 from surgery.codecs.reference import BLOCK
-from surgery.errors import SurgeryError, UsageError
+from surgery.errors import UsageError
 
-_KINDS = {torch.uint8: native.FP8_BLOCK, torch.bfloat16: native.BF16, torch.float32: native.F32}
+KINDS = {torch.uint8: native.FP8_BLOCK, torch.bfloat16: native.BF16, torch.float32: native.F32}
+"""Kinds of operands and results, by their dtype."""
 
 
 @dataclass(frozen=True)
@@ -34,20 +35,6 @@ class Operand:
         if self.scales is None:
             return self.values.to(torch.float32)
         return reference.decode_fp8_block(self.values, self.scales, torch.float32)
-
-
-def library_for(tensor: torch.Tensor) -> native.Native:
-    """The native library that serves this tensor's device."""
-    if tensor.device.type == "cuda":
-        return native.cuda(_capability(tensor.device))
-    if tensor.device.type == "cpu":
-        return native.cpu()
-    return native.Native(None, "reference")
-
-
-@lru_cache
-def _capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device)
 
 
 def scale_shape(shape: Sequence[int]) -> tuple[int, int]:
@@ -66,13 +53,8 @@ def decode_fp8_block(codes: torch.Tensor, scales: torch.Tensor, dtype: torch.dty
         return reference.decode_fp8_block(codes, scales, dtype)
     out = torch.empty(codes.shape, dtype=dtype, device=codes.device)
     rows, cols = codes.shape
-    places = (codes.data_ptr(), scales.data_ptr(), out.data_ptr(), _KINDS[dtype], rows, cols)
-    if codes.device.type == "cuda":
-        with torch.cuda.device(codes.device):
-            status = found.library.surgery_cuda_decode(*places, torch.cuda.current_stream().cuda_stream)
-        _raise(found, status)
-    else:
-        found.library.surgery_cpu_decode(None, *places, torch.get_num_threads())
+    places = (codes.data_ptr(), scales.data_ptr(), out.data_ptr())
+    call(found, "decode", codes.device, *places, KINDS[dtype], rows, cols)
     return out
 
 
@@ -162,9 +144,9 @@ def sweep_block(
         **_strided(weights, "weights", "weight"),
         **_strided(factor, "factor", "factor"),
         **_strided(mask, "mask", "mask"),
-        scales=_place(grid.scales if grid else None),
-        zeros=_place(grid.zeros if grid else None),
-        group=_place(grid.group if grid else None),
+        scales=place(grid.scales if grid else None),
+        zeros=place(grid.zeros if grid else None),
+        group=place(grid.group if grid else None),
         group_batch=grid.group.stride(0) if grid else 0,
         **_strided(into.values, "values", "value"),
         **_strided(into.errors, "errors", "error"),
@@ -177,12 +159,7 @@ def sweep_block(
         of=pattern[1] if pattern else 0,
         top=grid.top if grid else 0,
     )
-    if weights.device.type == "cuda":
-        with torch.cuda.device(weights.device):
-            stream = torch.cuda.current_stream().cuda_stream
-            _raise(found, found.library.surgery_cuda_sweep(ctypes.byref(job), stream))
-    else:
-        found.library.surgery_cpu_sweep(None, ctypes.byref(job), torch.get_num_threads())
+    call(found, "sweep", weights.device, ctypes.byref(job))
     return into
 
 
@@ -205,19 +182,19 @@ def _check_sweep(
     grid: BlockGrid | None,
 ) -> None:
     if weights.dim() != 3 or weights.dtype not in (torch.float32, torch.float64):
-        raise UsageError(f"a sweep is over float32 [batch, rows, cols], not {_told(weights)}")
+        raise UsageError(f"a sweep is over float32 [batch, rows, cols], not {told(weights)}")
     batch, rows, cols = weights.shape
-    _fits("factor", factor, (batch, cols, cols), (weights.dtype,), weights)
+    check("factor", factor, (batch, cols, cols), (weights.dtype,), weights)
     if mask is not None:
-        _fits("mask", mask, (batch, rows, cols), (torch.uint8, torch.bool), weights)
+        check("mask", mask, (batch, rows, cols), (torch.uint8, torch.bool), weights)
     if pattern is not None and not (0 < pattern[0] <= pattern[1] and cols % pattern[1] == 0):
         raise UsageError(f"the pattern {pattern[0]}:{pattern[1]} does not fit {cols} columns")
     if grid is None:
         return
     groups = grid.scales.shape[-1]
-    _fits("scales", grid.scales, (batch, rows, groups), (torch.float32, weights.dtype), weights)
-    _fits("zeros", grid.zeros, (batch, rows, groups), (torch.uint8,), weights)
-    _fits("group", grid.group, (batch, cols), (torch.int32,), weights)
+    check("scales", grid.scales, (batch, rows, groups), (torch.float32, weights.dtype), weights)
+    check("zeros", grid.zeros, (batch, rows, groups), (torch.uint8,), weights)
+    check("group", grid.group, (batch, cols), (torch.int32,), weights)
     if not 0 < grid.top < 256:
         raise UsageError(f"codes end at 1 to 255, not at {grid.top}")
     if weights.device.type == "cpu" and weights.numel():
@@ -228,32 +205,16 @@ def _check_sweep(
 
 def _check_results(weights: torch.Tensor, grid: BlockGrid | None, into: SweptBlock) -> None:
     shape = tuple(weights.shape)
-    _fits("values", into.values, shape, (weights.dtype,), weights)
-    _fits("errors", into.errors, shape, (weights.dtype,), weights)
+    check("values", into.values, shape, (weights.dtype,), weights)
+    check("errors", into.errors, shape, (weights.dtype,), weights)
     places = [into.values, into.errors]
     if grid is not None:
         if into.codes is None:
             raise UsageError("there is a grid, but no place for codes")
-        _fits("codes", into.codes, shape, (torch.uint8,), weights)
+        check("codes", into.codes, shape, (torch.uint8,), weights)
         places.append(into.codes)
     if any(each.stride(-1) != 1 < each.shape[-1] for each in places):
         raise UsageError("values, errors and codes must be contiguous in their last dimension")
-
-
-def _fits(
-    name: str,
-    tensor: torch.Tensor,
-    shape: tuple[int, ...],
-    dtypes: tuple[torch.dtype, ...],
-    like: torch.Tensor,
-) -> None:
-    if tuple(tensor.shape) != shape or tensor.dtype not in dtypes or tensor.device != like.device:
-        wanted = f"{str(dtypes[0]).removeprefix('torch.')} {list(shape)} on {like.device}"
-        raise UsageError(f"{name} must be {wanted}, not {_told(tensor)} on {tensor.device}")
-
-
-def _told(tensor: torch.Tensor) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
 
 
 def _assemble_by_reference(
@@ -284,28 +245,19 @@ def _combine(
     first = parents[0].values
     job = native.Combine(
         parents=(ctypes.c_void_p * count)(*(each.values.data_ptr() for each in parents)),
-        kinds=(ctypes.c_int32 * count)(*(_KINDS[each.values.dtype] for each in parents)),
-        scales=(ctypes.c_void_p * count)(*(_place(each.scales) for each in parents)),
+        kinds=(ctypes.c_int32 * count)(*(KINDS[each.values.dtype] for each in parents)),
+        scales=(ctypes.c_void_p * count)(*(place(each.scales) for each in parents)),
         weights=(ctypes.c_float * count)(*weights),
         count=count,
-        out=_place(out.values if out else None),
-        out_kind=_KINDS[out.values.dtype] if out else native.F32,
-        out_scales=_place(out.scales if out else None),
-        sums=_place(sums),
+        out=place(out.values if out else None),
+        out_kind=KINDS[out.values.dtype] if out else native.F32,
+        out_scales=place(out.scales if out else None),
+        sums=place(sums),
         rows=first.shape[0],
         cols=first.shape[1],
         ue8m0=int(ue8m0),
     )
-    if first.device.type == "cuda":
-        with torch.cuda.device(first.device):
-            stream = torch.cuda.current_stream().cuda_stream
-            _raise(found, found.library.surgery_cuda_combine(ctypes.byref(job), stream))
-    else:
-        found.library.surgery_cpu_combine(None, ctypes.byref(job), torch.get_num_threads())
-
-
-def _place(tensor: torch.Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
+    call(found, "combine", first.device, ctypes.byref(job))
 
 
 def _check(operand: Operand, first: torch.Tensor) -> None:
@@ -313,7 +265,7 @@ def _check(operand: Operand, first: torch.Tensor) -> None:
     values, scales = operand.values, operand.scales
     if values.dim() != 2 or values.shape != first.shape or values.device != first.device:
         raise UsageError(f"operands must be matrices of one shape and device, not {tuple(values.shape)}")
-    if values.dtype not in _KINDS or (values.dtype == torch.uint8) != (scales is not None):
+    if values.dtype not in KINDS or (values.dtype == torch.uint8) != (scales is not None):
         raise UsageError(f"operands are uint8 with scales, bfloat16 or float32, not {values.dtype}")
     if not values.is_contiguous():
         raise UsageError("operands must be contiguous")
@@ -324,9 +276,3 @@ def _check(operand: Operand, first: torch.Tensor) -> None:
         raise UsageError(f"scales must be float32 {list(wanted)} on {values.device}, not {scales.dtype}")
     if not scales.is_contiguous():
         raise UsageError("scales must be contiguous")
-
-
-def _raise(found: native.Native, status: int) -> None:
-    if status:
-        message = found.library.surgery_cuda_error(status).decode()
-        raise SurgeryError(f"a CUDA kernel failed: {message}", hint="SURGERY_KERNELS=reference avoids it")
