@@ -25,7 +25,7 @@ from surgery.evaluate.run import evaluate
 from surgery.stream.checkpoint import Checkpoint
 
 TEXTS = ("prose-valid.jsonl", "code-valid.jsonl", "math-valid.jsonl", "wikitext2-test.txt")
-SEQUENCES, CONTEXT, WINDOWS = 32, 512, 24
+SEQUENCES, CONTEXT, WINDOWS = 32, 512, 12
 
 
 def calibration(data: Path) -> dict[str, Any]:
@@ -86,7 +86,7 @@ def measured(name: str, child: Checkpoint, model: Checkpoint, data: Path) -> dic
         )  # fmt: skip
         score = next(each for each in found.rows if each.name == "child")
         row[text.partition(".")[0]] = score.perplexity.value if score.perplexity else float("nan")
-        row["KL " + text.partition("-")[0]] = score.divergence.value if score.divergence else 0.0
+        row["KL " + text.partition("-")[0]] = score.divergence.kl.value if score.divergence else 0.0
     changed = [ref for ref in child.tensors.values() if ref.codec != model.tensors[ref.name].codec]
     weights = sum(ref.numel for ref in changed)
     row["bits"] = 8 * sum(ref.nbytes for ref in changed) / weights if weights else None

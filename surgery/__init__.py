@@ -20,7 +20,18 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from surgery.evaluate.run import evaluate
     from surgery.operators.protocol import RunContext
-    from surgery.recipe.api import diff, experts, inspect, merge, open, plan, run, validate
+    from surgery.recipe.api import (
+        diff,
+        experts,
+        inspect,
+        merge,
+        open,
+        plan,
+        quantize,
+        run,
+        sparsify,
+        validate,
+    )
     from surgery.recipe.verify import verify
     from surgery.stream.checkpoint import Checkpoint, TensorRef
 
@@ -35,7 +46,9 @@ __all__ = [
     "merge",
     "open",
     "plan",
+    "quantize",
     "run",
+    "sparsify",
     "validate",
     "verify",
 ]

@@ -154,3 +154,5 @@ def _first(error: ValidationError) -> str:
 
 merge = Family("merge")
 experts = Family("experts")
+sparsify = Family("sparsify")
+quantize = Family("quantize")

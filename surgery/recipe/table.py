@@ -36,6 +36,12 @@ OPERATORS: dict[str, str] = {
     "experts.aimer": "surgery.operators.experts.aimer:Aimer",
     "experts.random": "surgery.operators.experts.random:RandomExperts",
     "experts.drop": "surgery.operators.experts.drop:DropByList",
+    "sparsify.sparsegpt": "surgery.operators.sparsify.sparsegpt:SparseGPT",
+    "sparsify.wanda": "surgery.operators.sparsify.wanda:Wanda",
+    "sparsify.magnitude": "surgery.operators.sparsify.magnitude:Magnitude",
+    "sparsify.admm": "surgery.operators.sparsify.admm:Admm",
+    "quantize.rtn": "surgery.operators.quantize.rtn:RoundToNearest",
+    "quantize.gptq": "surgery.operators.quantize.gptq:GPTQ",
 }
 
 

@@ -16,7 +16,6 @@ from typing import Any, Literal
 
 import numpy as np
 
-from surgery.codecs.fp8_block import Fp8Block
 from surgery.errors import CheckpointError, SurgeryError
 from surgery.operators.protocol import Decision, LayerOperator
 from surgery.recipe.table import operator_class
@@ -28,7 +27,9 @@ from surgery.stream.fused import encoded
 from surgery.stream.hub import Hub, pinned
 from surgery.stream.jobs import same_bytes
 from surgery.stream.manifest import read_manifest
+from surgery.stream.quantization_configs import contradictions
 from surgery.stream.source import open_checkpoint
+from surgery.stream.spool import MadeRef
 
 State = Literal["passed", "failed", "skipped", "noted"]
 Progress = Callable[[str, int, int], None]
@@ -134,11 +135,8 @@ def check_tensors(checkpoint: Checkpoint, manifest: Mapping[str, Any]) -> Check:
 
 def check_config(checkpoint: Checkpoint) -> Iterator[Check]:
     """What config.json says is what the tensors are."""
-    config, wrong = checkpoint.config, []
-    says_fp8 = checkpoint.quantization.get("quant_method") == "fp8"
-    fp8 = [ref for ref in checkpoint.tensors.values() if isinstance(ref.codec, Fp8Block)]
-    if says_fp8 != bool(fp8):
-        wrong.append(f"quantization_config says fp8: {says_fp8}, FP8 tensors: {len(fp8)}")
+    config = checkpoint.config
+    wrong = contradictions(checkpoint.quantization, checkpoint.tensors)
     text = config.get("text_config") or config
     layers = {ref.info.layer for ref in checkpoint.tensors.values() if not ref.info.mtp} - {None}
     told = text.get("num_hidden_layers")
@@ -207,15 +205,26 @@ def check_lineage(
         return Check("lineage", "skipped", f"{', '.join(changed)} changed since: other size, time or header")
     names = list(checkpoint.tensors)
     chosen = names if count is None else names[:: max(1, len(names) // count)][:count]
-    wrong = []
+    wrong, lost = [], 0
     for done, name in enumerate(chosen, 1):
         tell("recompute", done, len(chosen))
         ref, made = checkpoint.tensors[name], again.tensors.get(name)
+        if made is not None and is_lost(made):
+            lost += 1
+            continue
         if made is None or not isinstance(ref, StoredRef) or not _same(ref, made):
             wrong.append(f"{name} is not what its lineage makes")
-    return _verdict(
-        "lineage", wrong, f"{len(chosen)} of {len(names)} tensors recomputed, byte for byte equal"
-    )
+    if lost == len(chosen):
+        return Check("lineage", "skipped", "a walk made the tensors: their files' hashes guard them")
+    fine = f"{len(chosen) - lost} of {len(names)} tensors recomputed, byte for byte equal"
+    if lost:
+        fine += f"; {lost} that a walk made are guarded by their files' hashes alone"
+    return _verdict("lineage", wrong, fine)
+
+
+def is_lost(ref: TensorRef) -> bool:
+    """Whether a tensor, or what it is made from, came out of a walk whose files are gone."""
+    return any(isinstance(source, MadeRef) and source.lost for source in ref.sources())
 
 
 def rebuild(manifest: Mapping[str, Any]) -> Checkpoint:

@@ -43,7 +43,7 @@ def in_words(op: str, rows: Sequence[Row]) -> list[str]:
         f"{rms(rows, 'error'):.3g}, {rms(rows, 'error_plain'):.3g} without making up for it."
     ]
     zeros = sum(float(row["zeros"]) for row in rows) / len(rows)
-    if zeros > 0.01:
+    if op.startswith("sparsify."):
         found.append(f"{zeros:.1%} of their weights are zero.")
     fallen = sum(row["fallback"] is not None for row in rows)
     if fallen:

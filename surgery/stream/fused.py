@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from surgery.stream.checkpoint import ComputedRef, ReadContext, StoredRef, Sums, TensorRef
+from surgery.stream.recode import RoundedRef
 
 if TYPE_CHECKING:
     import numpy as np
@@ -42,4 +43,6 @@ def _encoded(ref: TensorRef, start: int, stop: int, context: ReadContext) -> Par
                 if context.record:
                     context.record(ref, start, fused[1])
                 return fused[0]
+    if isinstance(ref, RoundedRef):
+        return ref.stored(start, stop, context)
     return ref.codec.encode(ref.pull(start, stop, context))

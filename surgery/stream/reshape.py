@@ -14,6 +14,7 @@ from surgery.errors import CheckpointError
 from surgery.stream.checkpoint import (
     ComputedRef,
     Decision,
+    Kernel,
     Part,
     ReadContext,
     StoredRef,
@@ -123,6 +124,23 @@ class RowsRef(ComputedRef):
         source = self.inputs[0]
         whole, _ = self.kernel.combine([source.pull(0, source.rows, context)])
         return whole[start:stop]
+
+    def tile_rows(self) -> int:
+        return max(self.rows, 1)
+
+
+class WholeRef(ComputedRef):
+    """A matrix that a kernel can only make at once, from one input."""
+
+    __slots__ = ()
+
+    def __init__(self, ref: TensorRef, kernel: Kernel) -> None:
+        super().__init__(ref, (ref,), kernel)
+
+    def with_form(self, codec: Any, parts: tuple[Part, ...]) -> ComputedRef:
+        other = WholeRef(self.inputs[0], self.kernel)
+        other.codec, other.parts = codec, parts
+        return other
 
     def tile_rows(self) -> int:
         return max(self.rows, 1)

@@ -52,6 +52,11 @@ class MadeRef(MovedRef):
     def lineage(self) -> dict[str, Any]:
         return {"op": self.origin}
 
+    @property
+    def lost(self) -> bool:
+        """Whether the files are gone."""
+        return any(part.stored.file is None for part in self.places)
+
     def place(self, part: Part) -> Part:
         found = super().place(part)
         if found.stored.file is None:

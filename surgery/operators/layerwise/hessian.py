@@ -6,7 +6,9 @@ reversal of rows and columns and J H J = L Lᵀ,
 
     H = (J L J)(J L J)ᵀ,    hence R = (J L J)⁻¹ = J L⁻¹ J
 
-so one Cholesky and one triangular inverse do, where the papers' code takes two Cholesky and a full inverse.
+so one Cholesky and one triangular inverse do, where the papers' code takes two Cholesky and a full inverse
+(1024 columns, one CPU core: 22 against 40 ms). The inverse is by products of matrices and in place, twice as
+fast as `solve_triangular` or more (1024 columns on a core 8 against 30 ms, 8192 on an H100 8 against 18 ms).
 
 Deviations: the mean of the diagonal is taken over the inputs that occur, so that damping does not depend on
 how many do not; sums are not divided by tokens, which changes no result (damping is relative). A matrix that
@@ -23,8 +25,9 @@ import torch
 Fault = Literal["no inputs", "not finite", "not positive definite"]
 
 _BASE = 128
+"""Of 64, 128 and 256 the fastest or as fast, for 512 to 8192 columns on a CPU core and on an H100."""
 _CHUNK = 1 << 27
-"""Elements that are factorized at once: 32 matrices of 2048 columns, one of 11,585 and more."""
+"""Elements that are factorized at once: 32 matrices of 2048 columns."""
 _LEAST, _MOST = 1e-4, 1.0
 
 
@@ -59,24 +62,29 @@ def factorize(gram: torch.Tensor, damping: float, *, act_order: bool = False) ->
     order = diagonal.argsort(dim=-1, descending=True, stable=True) if act_order else None
     upper = torch.empty_like(gram, memory_format=torch.contiguous_format)
     used = [damping if fault is None else 0.0 for fault in faults]
-    step = max(1, _CHUNK // size**2)
+    step = _at_once(len(gram), size)
+
+    def fill(part: slice, strength: float) -> None:
+        extra = dead[part].to(gram.dtype) + strength * mean[part, None]
+        _reverse(upper[part], gram[part], extra, None if order is None else order[part])
+
     for start in range(0, len(gram), step):
         part = slice(start, start + step)
-        _fill(
-            upper[part], gram[part], dead[part], mean[part] * damping, order if order is None else order[part]
-        )
+        fill(part, damping)
         for b in range(start, min(start + step, len(gram))):
             if faults[b] is not None:
                 _identity(upper[b])
         failed = torch.nonzero(_cholesky(upper[part])).flatten().tolist()
         for b in (start + each for each in failed):
-            one = slice(b, b + 1)
-            taken = _retry(
-                upper[one], gram[one], dead[one], mean[one], order if order is None else order[one], damping
-            )
-            used[b] = taken or 0.0
-            if taken is None:
-                faults[b] = "not positive definite"
+            one, strength = slice(b, b + 1), damping
+            while strength < _MOST:
+                strength = min(max(10 * strength, _LEAST), _MOST)
+                fill(one, strength)
+                if not _cholesky(upper[one]).any():
+                    used[b] = strength
+                    break
+            else:
+                used[b], faults[b] = 0.0, "not positive definite"
                 _identity(upper[b])
         lower = upper[part].mT
         invert_lower(lower)
@@ -118,6 +126,12 @@ def invert_lower(matrix: torch.Tensor) -> None:
         width *= 2
 
 
+def _at_once(count: int, size: int) -> int:
+    """Matrices of a call. On an H100 a batched Cholesky takes as long as one by one at size / 256 matrices
+    (8 of 2048 columns), less above; from 4096 columns on it is no faster even for 32."""
+    return 1 if size >= 4096 or count < size // 256 else max(1, _CHUNK // size**2)
+
+
 def _blocks(
     matrix: torch.Tensor, at: tuple[int, int], shape: tuple[int, int], step: int, count: int
 ) -> torch.Tensor:
@@ -129,15 +143,8 @@ def _blocks(
     )
 
 
-def _fill(
-    out: torch.Tensor,
-    gram: torch.Tensor,
-    dead: torch.Tensor,
-    damping: torch.Tensor,
-    order: torch.Tensor | None,
-) -> None:
-    """J H J of the columns in `order`, where an input that never occurs has the diagonal 1."""
-    extra = dead.to(gram.dtype) + damping[:, None]
+def _reverse(out: torch.Tensor, gram: torch.Tensor, extra: torch.Tensor, order: torch.Tensor | None) -> None:
+    """J H J of the columns in `order`, for H with `extra` [B, C] on the diagonal."""
     for b in range(len(gram)):
         if order is None:
             out[b] = gram[b].flip(0, 1)
@@ -153,24 +160,8 @@ def _cholesky(matrices: torch.Tensor) -> torch.Tensor:
     place = matrices.mT
     info = torch.empty(len(matrices), dtype=torch.int32, device=matrices.device)
     torch.linalg.cholesky_ex(place, out=(place, info))
-    return info
-
-
-def _retry(
-    out: torch.Tensor,
-    gram: torch.Tensor,
-    dead: torch.Tensor,
-    mean: torch.Tensor,
-    order: torch.Tensor | None,
-    damping: float,
-) -> float | None:
-    """Factorize one matrix with more damping: how much it took, or None."""
-    while damping < _MOST:
-        damping = min(max(10 * damping, _LEAST), _MOST)
-        _fill(out, gram, dead, mean * damping, order)
-        if not _cholesky(out).any():
-            return damping
-    return None
+    # CUDA's batched form reports success on what is not a number.
+    return info | ~matrices.diagonal(dim1=-2, dim2=-1).isfinite().all(-1)
 
 
 def _identity(matrix: torch.Tensor) -> None:

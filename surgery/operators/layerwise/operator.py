@@ -17,7 +17,9 @@ from pydantic import Field
 
 from surgery.calibrate.data import Calibration, find_file
 from surgery.codecs.fp8_block import Fp8Block
-from surgery.codecs.plain import Plain
+from surgery.codecs.nf4 import Bnb4
+from surgery.codecs.plain import Opaque, Plain
+from surgery.codecs.schemes import IntScheme
 from surgery.errors import CheckpointError, PlanError
 from surgery.operators.protocol import Decision, LayerOperator, Participant, RunContext, record_step
 from surgery.stream.checkpoint import Checkpoint, Event, TensorRef
@@ -287,3 +289,28 @@ def check_plain(ref: TensorRef, op: str) -> None:
             f"{ref.name} is already stored as {ref.codec.name}",
             hint=f"{op} starts from bf16, fp16, fp32 or FP8: decode it first with output.format=bf16",
         )
+
+
+def check_groups(ref: TensorRef, scheme: IntScheme) -> None:
+    """Refuse groups that do not divide a matrix's columns."""
+    try:
+        scheme.groups(ref.shape[1])
+    except ValueError as error:
+        raise PlanError(
+            f"{ref.name}: {error}",
+            hint="choose a group_size that does, -1 for one scale a row, or another of `schemes` for it",
+        ) from error
+
+
+def quantized_config(config: Mapping[str, Any], tensors: Mapping[str, TensorRef]) -> Mapping[str, Any]:
+    """A config that says how these tensors are stored. Raises PlanError where no published format holds all
+    of their forms."""
+    from surgery.stream.quantization_configs import quantization_config
+
+    kinds = {type(ref.codec) for ref in tensors.values() if not isinstance(ref.codec, Plain | Opaque)}
+    form = "compressed-tensors"
+    if kinds == {Fp8Block}:
+        form = "fp8-block"
+    elif Bnb4 in kinds:
+        form = "bnb-nf4"
+    return {**config, "quantization_config": quantization_config(tensors, form)}

@@ -15,13 +15,20 @@ where the paper's code makes them 0: calibration has not seen them, a user may.
 
 from __future__ import annotations
 
+from typing import ClassVar, Self
+
 import torch
+from pydantic import Field, model_validator
 
 from surgery.codecs.column_sweep import BlockGrid
 from surgery.codecs.grid import Grid, GridMethod, Quantized, fit_grid
-from surgery.codecs.schemes import IntScheme
-from surgery.operators.layerwise.hessian import Factors
+from surgery.codecs.schemes import FloatScheme, IntScheme, parse_scheme
+from surgery.operators.layerwise.hessian import Factors, factorize
+from surgery.operators.layerwise.operator import MatrixOperator
+from surgery.operators.layerwise.problem import Problem, Solved
 from surgery.operators.layerwise.sweep import Decision, Solution, sweep_columns
+from surgery.operators.quantize.precision import Precision, int_scheme_of
+from surgery.operators.quantize.rtn import rtn
 
 
 def gptq(
@@ -85,3 +92,48 @@ def _columns(values: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
 def _empty(weights: torch.Tensor, scheme: IntScheme, scale_dtype: torch.dtype) -> Grid:
     shape = (*weights.shape[:-1], scheme.groups(weights.shape[-1]))
     return Grid(weights.new_empty(shape, dtype=torch.float32), weights.new_empty(shape, dtype=torch.uint8))
+
+
+class GPTQ(Precision, MatrixOperator):
+    """Params of `quantize.gptq`."""
+
+    op: ClassVar[str] = "quantize.gptq"
+
+    damping: float = Field(default=0.01, gt=0, le=1)
+    """Share of the mean squared input that is added to every one."""
+    act_order: bool = Field(default=False, strict=True)
+    """Take the columns with the largest inputs first. Groups are then fixed beforehand (`static_groups`), so
+    that no reader needs a table of them."""
+    static_groups: bool = Field(default=False, strict=True)
+    """Choose every group's grid from the weights as they were."""
+    grid: GridMethod = "absmax"
+    """`absmax` spans all values of a group, `mse` shrinks the grid to the least error."""
+    block_size: int = Field(default=128, ge=1)
+
+    @model_validator(mode="after")
+    def _whole_numbers(self) -> Self:
+        named = [self.scheme, *self.schemes.values()]
+        for text in named:
+            if text is not None and isinstance(parse_scheme(text), FloatScheme):
+                raise ValueError(f"`{text}`: {self.op} rounds to whole numbers; quantize.rtn takes {text}")
+        return self
+
+    @property
+    def asked_damping(self) -> float:
+        return self.damping
+
+    def solve(self, problem: Problem) -> Solved:
+        factors = factorize(problem.known_gram, self.damping, act_order=self.act_order)
+        found = gptq(
+            problem.weights, factors, int_scheme_of(problem), grid=self.grid,
+            static_groups=self.static_groups or self.act_order,
+            scale_dtype=getattr(torch, self.scale_dtype), block_size=self.block_size,
+        )  # fmt: skip
+        return Solved(found.values, found.quantized, factors.damping, list(factors.faults))
+
+    def fall_back(self, problem: Problem) -> Solved:
+        found = rtn(
+            problem.weights, int_scheme_of(problem), grid=self.grid,
+            scale_dtype=getattr(torch, self.scale_dtype),
+        )  # fmt: skip
+        return Solved(found.values(), found)

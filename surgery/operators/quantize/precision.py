@@ -23,8 +23,8 @@ from pydantic import Field, field_validator, model_validator
 from surgery.codecs.forms import ScaleDtype, codec_of
 from surgery.codecs.schemes import IntScheme, Scheme, parse_scheme
 from surgery.errors import PlanError
-from surgery.operators.layerwise.operator import check_plain
-from surgery.operators.layerwise.problem import Work
+from surgery.operators.layerwise.operator import check_groups, check_plain, quantized_config
+from surgery.operators.layerwise.problem import Problem, Work
 from surgery.operators.layerwise.select import SOLVED_ROLES, is_matrix
 from surgery.operators.protocol import Operator
 from surgery.stream.select import check_entry, matcher
@@ -92,21 +92,19 @@ class Precision(Operator):
                 hint="leave the experts as they are: schemes.routed_expert=keep",
             )
         if isinstance(scheme, IntScheme):
-            try:
-                scheme.groups(ref.shape[1])
-            except ValueError as error:
-                raise PlanError(
-                    f"{ref.name}: {error}",
-                    hint="choose a group_size that does, or -1 for one scale a row, or another scheme for it "
-                    "(`schemes`)",
-                ) from error
+            check_groups(ref, scheme)
         return Work(codec_of(scheme, self.scale_dtype), scheme)
 
     def config_after(self, checkpoint: Checkpoint, tensors: Mapping[str, TensorRef]) -> Mapping[str, Any]:
         """The config with the quantization_config of these tensors."""
-        from surgery.stream.quantization_configs import with_quantization
-
-        return with_quantization(checkpoint.config, tensors)
+        return quantized_config(checkpoint.config, tensors)
 
     def _parsed(self, text: str) -> Scheme | None:
         return parse_scheme(text, max(0, self.group_size), self.symmetric)
+
+
+def int_scheme_of(problem: Problem) -> IntScheme:
+    """The scheme of a problem's matrices, for solvers of whole numbers."""
+    if not isinstance(problem.wanted, IntScheme):
+        raise TypeError(f"{problem.wanted} is no scheme of whole numbers")
+    return problem.wanted

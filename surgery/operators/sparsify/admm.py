@@ -17,12 +17,17 @@ these the lowest go first.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
+from pydantic import Field
 
 from surgery.operators.layerwise.hessian import faults_of
+from surgery.operators.layerwise.operator import MatrixOperator
+from surgery.operators.layerwise.problem import Problem, Solved
+from surgery.operators.sparsify.magnitude import magnitude
 from surgery.operators.sparsify.masks import Sparsity, lowest_of_groups, lowest_of_matrices, lowest_of_rows
+from surgery.operators.sparsify.sparsity import Sparsifying, sparsity_of
 
 Pool = Literal["matrix", "row"]
 
@@ -88,3 +93,28 @@ def choose(
         return candidates
     others = scores.masked_fill(~candidates, torch.inf)
     return lowest_of_matrices(others, share * sparsity[0] / sparsity[1], splits)
+
+
+class Admm(Sparsifying, MatrixOperator):
+    """Params of `sparsify.admm`."""
+
+    op: ClassVar[str] = "sparsify.admm"
+
+    pool: Pool = "matrix"
+    """Whether weights compete in their whole matrix or in their row."""
+    damping: float = Field(default=0.1, gt=0, le=1)
+    """Of the scaled Gram matrix, whose diagonal is 1."""
+    iterations: int = Field(default=20, ge=1)
+    mask_iterations: int = Field(default=15, ge=1)
+    """Iterations in which the mask is chosen anew."""
+
+    def solve(self, problem: Problem) -> Solved:
+        values = admm(
+            problem.weights, problem.known_gram, sparsity_of(problem), pool=self.pool,
+            splits=problem.splits, damping=self.damping, iterations=self.iterations,
+            mask_iterations=min(self.mask_iterations, self.iterations),
+        )  # fmt: skip
+        return Solved(values, unsolved=list(faults_of(problem.known_gram)))
+
+    def fall_back(self, problem: Problem) -> Solved:
+        return Solved(magnitude(problem.weights, sparsity_of(problem), splits=problem.splits))

@@ -12,16 +12,25 @@ paper's code takes one more and all ties.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
+from pydantic import Field, field_validator
 
+from surgery.codecs.codec import Codec
 from surgery.codecs.column_sweep import BlockGrid
-from surgery.codecs.grid import GridMethod, Quantized, fit_grid
-from surgery.codecs.schemes import IntScheme
-from surgery.operators.layerwise.hessian import Factors
+from surgery.codecs.forms import ScaleDtype, codec_of
+from surgery.codecs.grid import GridMethod, Quantized, fit_grid, quantize
+from surgery.codecs.schemes import IntScheme, parse_scheme
+from surgery.operators.layerwise.hessian import Factors, factorize
+from surgery.operators.layerwise.operator import MatrixOperator, check_groups, quantized_config
+from surgery.operators.layerwise.problem import Problem, Solved
 from surgery.operators.layerwise.sweep import Decision, Solution, sweep_columns
+from surgery.operators.sparsify.magnitude import magnitude
 from surgery.operators.sparsify.masks import Sparsity, check_pattern, lowest_of_matrices
+from surgery.operators.sparsify.sparsity import Sparsifying, sparsity_of
+from surgery.stream.checkpoint import Checkpoint, TensorRef
 
 
 def sparsegpt(
@@ -66,3 +75,60 @@ def sparsegpt(
     if codes is None or found is None:
         return Solution(current)
     return Solution(current, Quantized(codes, found.scales, found.zeros))
+
+
+class SparseGPT(Sparsifying, MatrixOperator):
+    """Params of `sparsify.sparsegpt`."""
+
+    op: ClassVar[str] = "sparsify.sparsegpt"
+
+    damping: float = Field(default=0.01, gt=0, le=1)
+    """Share of the mean squared input that is added to every one."""
+    block_size: int = Field(default=128, ge=1)
+    """Columns that are decided on together."""
+    quantize: str | None = None
+    """A scheme of whole numbers (int4-g64) that what stays is rounded to in the same sweep."""
+    scale_dtype: ScaleDtype = "bfloat16"
+    """The dtype of the scales of `quantize`."""
+
+    @field_validator("quantize")
+    @classmethod
+    def _whole_numbers(cls, value: str | None) -> str | None:
+        if value is not None and not isinstance(parse_scheme(value), IntScheme):
+            raise ValueError(f"`{value}`: a sweep rounds to whole numbers, int2 to int8")
+        return value
+
+    @property
+    def asked_damping(self) -> float:
+        return self.damping
+
+    @property
+    def joint(self) -> IntScheme | None:
+        """The scheme of what stays."""
+        found = parse_scheme(self.quantize) if self.quantize else None
+        return found if isinstance(found, IntScheme) else None
+
+    def codec_of(self, ref: TensorRef) -> Codec:
+        if self.joint is None:
+            return ref.codec
+        check_groups(ref, self.joint)
+        return codec_of(self.joint, self.scale_dtype)
+
+    def config_after(self, checkpoint: Checkpoint, tensors: Mapping[str, TensorRef]) -> Mapping[str, Any]:
+        return checkpoint.config if self.joint is None else quantized_config(checkpoint.config, tensors)
+
+    def solve(self, problem: Problem) -> Solved:
+        factors = factorize(problem.known_gram, self.damping)
+        found = sparsegpt(
+            problem.weights, factors, sparsity_of(problem), splits=problem.splits,
+            block_size=self.block_size, scheme=self.joint, scale_dtype=getattr(torch, self.scale_dtype),
+        )  # fmt: skip
+        return Solved(found.values, found.quantized, factors.damping, list(factors.faults))
+
+    def fall_back(self, problem: Problem) -> Solved:
+        values = magnitude(problem.weights, sparsity_of(problem), splits=problem.splits)
+        if self.joint is None:
+            return Solved(values)
+        grid = fit_grid(problem.weights, self.joint, "absmax", getattr(torch, self.scale_dtype))
+        codes = quantize(values, grid, self.joint)
+        return Solved(codes.values(), codes)

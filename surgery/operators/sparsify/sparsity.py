@@ -10,28 +10,23 @@ Sparse weights are stored dense, with zeros, in the form that they had: no publi
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, NamedTuple
+from typing import TYPE_CHECKING, Annotated, cast
 
 from pydantic import Field, field_validator, model_validator
 
 from surgery.errors import PlanError
-from surgery.operators.layerwise.operator import MatrixOperator, check_plain
-from surgery.operators.layerwise.problem import Work
+from surgery.operators.layerwise.operator import check_plain
+from surgery.operators.layerwise.problem import Problem, Work
 from surgery.operators.layerwise.select import SOLVED_ROLES, is_matrix
+from surgery.operators.protocol import Operator
 from surgery.stream.select import Matcher, check_entry, matcher
 
 if TYPE_CHECKING:
     from surgery.codecs.codec import Codec
+    from surgery.operators.sparsify.masks import Sparsity
     from surgery.stream.checkpoint import TensorRef
 
 Share = Annotated[float, Field(gt=0, lt=1)]
-
-
-class Sparsity(NamedTuple):
-    """What is wanted of a matrix: a share of zeros, or n of every m columns."""
-
-    share: float | None
-    pattern: tuple[int, int] | None
 
 
 def parse_pattern(text: str) -> tuple[int, int]:
@@ -42,7 +37,7 @@ def parse_pattern(text: str) -> tuple[int, int]:
     return int(n), int(m)
 
 
-class SparsifyOperator(MatrixOperator):
+class Sparsifying(Operator):
     """Params that all sparsifying operators share. Exactly one of `sparsity` and `pattern` is given."""
 
     sparsity: Share | None = None
@@ -69,7 +64,7 @@ class SparsifyOperator(MatrixOperator):
         return value
 
     @model_validator(mode="after")
-    def _one_amount(self) -> SparsifyOperator:
+    def _one_amount(self) -> Sparsifying:
         given = [
             name for name in ("sparsity", "pattern", "layer_sparsity") if getattr(self, name) is not None
         ]
@@ -94,7 +89,7 @@ class SparsifyOperator(MatrixOperator):
                 f"{ref.name} has {ref.shape[1]} columns, which {self.pattern} does not divide",
                 hint="leave it out with `keep`, or give `sparsity`",
             )
-        return Work(self.codec_of(ref), Sparsity(self._share(ref), pattern))
+        return Work(self.codec_of(ref), pattern or self._share(ref))
 
     def _share(self, ref: TensorRef) -> float | None:
         if self.layer_sparsity is None or ref.info.layer is None or ref.info.mtp:
@@ -105,6 +100,16 @@ class SparsifyOperator(MatrixOperator):
                 hint="give a share for every decoder layer",
             )
         return self.layer_sparsity[ref.info.layer]
+
+
+def sparsity_of(problem: Problem) -> Sparsity:
+    """What is wanted of the matrices of a problem."""
+    return cast("Sparsity", problem.wanted)
+
+
+def wanted_of(work: Work) -> Sparsity:
+    """What is wanted of one matrix."""
+    return cast("Sparsity", work.wanted)
 
 
 def _any(entries: tuple[str, ...], ref: TensorRef) -> bool:

@@ -5,9 +5,15 @@ score[r, c] = |W[r, c]| · ‖X_c‖₂,    ‖X_c‖₂² the diagonal of Σ x 
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 
+from surgery.operators.layerwise.operator import MatrixOperator
+from surgery.operators.layerwise.problem import Problem, Solved
+from surgery.operators.sparsify.magnitude import magnitude
 from surgery.operators.sparsify.masks import Sparsity, lowest_of_rows
+from surgery.operators.sparsify.sparsity import Sparsifying, sparsity_of
 
 
 def wanda(weights: torch.Tensor, squares: torch.Tensor, sparsity: Sparsity) -> torch.Tensor:
@@ -22,3 +28,19 @@ def wanda(weights: torch.Tensor, squares: torch.Tensor, sparsity: Sparsity) -> t
 def wanda_scores(weights: torch.Tensor, squares: torch.Tensor) -> torch.Tensor:
     """|W| · ‖X‖ of weights [..., R, C] with Σ x² [..., C]."""
     return weights.abs() * squares.sqrt()[..., None, :]
+
+
+class Wanda(Sparsifying, MatrixOperator):
+    """Params of `sparsify.wanda`."""
+
+    op: ClassVar[str] = "sparsify.wanda"
+
+    @property
+    def needs_gram(self) -> bool:
+        return False
+
+    def solve(self, problem: Problem) -> Solved:
+        return Solved(wanda(problem.weights, problem.squares, sparsity_of(problem)))
+
+    def fall_back(self, problem: Problem) -> Solved:
+        return Solved(magnitude(problem.weights, sparsity_of(problem), splits=problem.splits))
