@@ -1,9 +1,9 @@
 """Jobs of shards that are written together, so that those that read the same bytes follow one another.
 
-The shards have one layout and differ in what fills it: the children of a sweep. Their targets are gone through
-in stretches of a few megabytes; within a stretch each child's jobs are spread evenly, so that all children are
-at about the same rows. What the first of them reads the others find in the page cache, or in a block that was
-read ahead.
+The shards have one layout and differ in what fills it: the children of a sweep. Their targets are gone
+through in stretches of a few megabytes; within a stretch each child's jobs are spread evenly, so that all
+children are at about the same rows. What the first of them reads the others find in the page cache, or in
+a block that was read ahead.
 """
 
 from __future__ import annotations

@@ -180,9 +180,7 @@ def refuse_events(events: tuple[Event, ...], strict: bool) -> None:
         )
 
 
-def fingerprint(
-    checkpoint: Checkpoint, options: SaveOptions, layout: Sequence[Shard] = ()
-) -> dict[str, Any]:
+def fingerprint(checkpoint: Checkpoint, options: SaveOptions, layout: Sequence[Shard] = ()) -> dict[str, Any]:
     """What a resumed run must agree in; `layout` are the shards where the settings don't say which."""
     shards = sha256(b"".join(shard.header for shard in layout)).hexdigest()
     return {
@@ -265,14 +263,12 @@ def write_rounds(
     """Write shards of outputs, round by round, within the memory of `options`."""
     if any(isinstance(ref, ComputedRef) for each in savings for ref in each.checkpoint.tensors.values()):
         import torch  # noqa: F401  (before the threads start, so that they only compute)
-    remote = list(
-        dict.fromkeys(file for each in savings for file in remote_files(each.checkpoint.inputs))
-    )
+    remote = list(dict.fromkeys(file for each in savings for file in remote_files(each.checkpoint.inputs)))
     peak = max(each.plan.peak_bytes for each in savings)
     done = sum(entry["bytes"] for each in savings for entry in each.finished.values())
     Execution(
         options.hash, max(1, options.threads), options.memory_bytes,
-        ReadContext(options.allow_nonfinite), options.progress,
+        ReadContext(options.allow_nonfinite, several=len(savings) > 1), options.progress,
         total_bytes=done + sum(writing.shard.nbytes for each in rounds for writing in each),
         done_bytes=done,
         remote=remote,

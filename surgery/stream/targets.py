@@ -87,9 +87,7 @@ def _check_filled(target: Target) -> None:
         )
 
 
-def pack(
-    units: Sequence[Sequence[Target]], shard_bytes: int, apart: Apart | None = None
-) -> list[Shard]:
+def pack(units: Sequence[Sequence[Target]], shard_bytes: int, apart: Apart | None = None) -> list[Shard]:
     """Shards of at most `shard_bytes` of tensors each (a larger unit gets its own); where units are kept
     `apart`, those of the first key come first."""
     kinds: dict[Hashable, list[Sequence[Target]]] = {}

@@ -20,12 +20,19 @@ from fcntl import ioctl
 from pathlib import Path
 from typing import Any
 
-from surgery.errors import PlanError
 from surgery.stream.checkpoint import Checkpoint, ComputedRef, StoredRef, TensorRef
 from surgery.stream.execute import Writing
 from surgery.stream.files import StoredTensor
 from surgery.stream.formats import apply_format
-from surgery.stream.save import SaveOptions, SaveResult, Saving, bytes_in, check_target, work_folder, write_rounds
+from surgery.stream.save import (
+    SaveOptions,
+    SaveResult,
+    Saving,
+    bytes_in,
+    check_target,
+    work_folder,
+    write_rounds,
+)
 from surgery.stream.source import collector_paused
 from surgery.stream.survey import Survey, check_disk, survey
 from surgery.stream.targets import Shard, Target
@@ -48,9 +55,7 @@ class Family:
     def output_bytes(self) -> int:
         """Bytes to be written: shared shards once, side files for each."""
         shards = self.plans[0].shards
-        weights = sum(
-            shard.nbytes * len(classes) for shard, classes in zip(shards, self.alike, strict=True)
-        )
+        weights = sum(shard.nbytes * len(classes) for shard, classes in zip(shards, self.alike, strict=True))
         return weights + sum(plan.side_bytes for plan in self.plans)
 
     @property
@@ -161,9 +166,7 @@ def save_together(
     with ExitStack() as stack:
         savings = {}
         for index, folder in wanted.items():
-            saving = Saving(
-                family.checkpoints[index], folder, family.plans[index], options[index], layout
-            )
+            saving = Saving(family.checkpoints[index], folder, family.plans[index], options[index], layout)
             stack.callback(saving.close)
             savings[index] = saving
         rounds = [
