@@ -23,6 +23,7 @@ from surgery.cli import (
     publish,
     recipes,
     run,
+    sweep,
 )
 from surgery.cli.render import Output
 from surgery.errors import InterruptedRun, SurgeryError
@@ -37,6 +38,7 @@ app = typer.Typer(
 )
 run.register(app)
 prune.register(app)
+sweep.register(app)
 look.register(app)
 evaluate.register(app)
 demo.register(app)

@@ -11,6 +11,7 @@ equal byte for byte.
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -23,13 +24,16 @@ from typing import Any
 from surgery.stream.checkpoint import Checkpoint, ComputedRef, StoredRef, TensorRef
 from surgery.stream.execute import Writing
 from surgery.stream.files import StoredTensor
-from surgery.stream.formats import apply_format
+from surgery.stream.formats import Format, apply_format
+from surgery.stream.journal import NAME as JOURNAL
+from surgery.stream.journal import read_events
 from surgery.stream.save import (
     SaveOptions,
     SaveResult,
     Saving,
     bytes_in,
     check_target,
+    fingerprint,
     work_folder,
     write_rounds,
 )
@@ -63,6 +67,20 @@ class Family:
         """What the children would take if each were saved alone."""
         return sum(plan.disk_bytes for plan in self.plans)
 
+    def twin(self, index: int) -> int:
+        """The first child that is the same as this one in every byte, itself maybe."""
+        mine = self.checkpoints[index]
+        for other in range(index):
+            its = self.checkpoints[other]
+            if (
+                all(other in kin for classes in self.alike for kin in classes if index in kin)
+                and its.config == mine.config
+                and its.side_files == mine.side_files
+                and its.texts == mine.texts
+            ):
+                return other
+        return index
+
     @property
     def reads(self) -> Mapping[str, int]:
         """Bytes of each parent that are read for all children, by its label."""
@@ -79,15 +97,15 @@ class Family:
         return total
 
 
-def family_of(checkpoints: Sequence[Checkpoint], options: SaveOptions) -> Family | None:
+def family_of(checkpoints: Sequence[Checkpoint], form: Format, shard_bytes: int) -> Family | None:
     """How children would be saved together; None where their tensors are not the same by name and form.
 
     Parents that several children read must be the same objects, opened once. Raises what `survey` does.
     """
     with collector_paused():
-        formed = [apply_format(each, options.format) for each in checkpoints]
+        formed = [apply_format(each, form) for each in checkpoints]
         kinship = Kinship(formed)
-        plans = [survey(each, options.shard_bytes, kinship.of_unit) for each in formed]
+        plans = [survey(each, shard_bytes, kinship.of_unit) for each in formed]
         layouts = [[(shard.name, shard.header) for shard in plan.shards] for plan in plans]
         if any(layout != layouts[0] for layout in layouts):
             return None
@@ -179,6 +197,13 @@ def save_together(
             result = saving.publish()
             if published:
                 published(index, result)
+
+
+def begun_otherwise(family: Family, index: int, folder: Path, options: SaveOptions) -> bool:
+    """Whether an earlier run left a child half written with other settings or in other shards."""
+    events = read_events(work_folder(folder) / JOURNAL)
+    mine = fingerprint(family.checkpoints[index], options, family.plans[0].shards)
+    return bool(events) and events[0].get("fingerprint") != json.loads(json.dumps(mine))
 
 
 def _missing_bytes(family: Family, wanted: Mapping[int, Path]) -> int:
