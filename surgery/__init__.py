@@ -20,12 +20,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from surgery.evaluate.run import evaluate
     from surgery.operators.protocol import RunContext
-    from surgery.recipe.api import diff, experts, inspect, merge, open, plan, run, validate
+    from surgery.recipe.api import diff, experts, inspect, merge, open, plan, run, sweep, validate
+    from surgery.recipe.sweep import Measuring
     from surgery.recipe.verify import verify
     from surgery.stream.checkpoint import Checkpoint, TensorRef
 
 __all__ = [
     "Checkpoint",
+    "Measuring",
     "RunContext",
     "TensorRef",
     "diff",
@@ -36,6 +38,7 @@ __all__ = [
     "open",
     "plan",
     "run",
+    "sweep",
     "validate",
     "verify",
 ]
@@ -45,6 +48,7 @@ _PLACES = {
     "TensorRef": "surgery.stream.checkpoint",
     "RunContext": "surgery.operators.protocol",
     "evaluate": "surgery.evaluate.run",
+    "Measuring": "surgery.recipe.sweep",
     "verify": "surgery.recipe.verify",
 }
 

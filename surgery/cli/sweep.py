@@ -101,6 +101,7 @@ def sweep(
     )  # fmt: skip
     measuring.check()
     planned = plan_sweep(lambda more: load_recipe(recipe, [*(set_ or ()), *more]), axes, points, out)
+    output.events([event.as_dict() for event in planned.events])
     if dry_run:
         _show_plan(output, planned)
         return

@@ -40,7 +40,10 @@ class Ledger:
             self._continue(found)
 
     def _continue(self, found: Mapping[str, Any]) -> None:
-        difference = first_difference(found.get("sweep"), self.identity)
+        earlier = dict(found.get("sweep") or {})
+        if not any(row.get("figures") for row in found.get("points", ())):
+            earlier["measuring"] = self.identity.get("measuring")
+        difference = first_difference(earlier, self.identity)
         if difference:
             raise PlanError(
                 f"{self.folder} holds another sweep: {difference}",

@@ -28,10 +28,10 @@ from surgery.recipe.ledger import Ledger, Row, read_sweep, sweep_folder, write_t
 from surgery.recipe.load import LoadedRecipe
 from surgery.recipe.run import built, output_options, run_recipe
 from surgery.report.sweep import render_sweep, sweep_csv, sweep_svg
-from surgery.stream.checkpoint import Checkpoint
+from surgery.stream.checkpoint import Checkpoint, Event
 from surgery.stream.files import file_hash
 from surgery.stream.manifest import NAME as MANIFEST
-from surgery.stream.save import SaveOptions, check_apart
+from surgery.stream.save import SaveOptions, check_apart, clear_leftovers
 from surgery.stream.survey import free_bytes, survey
 from surgery.stream.together import Family, begun_otherwise, family_of, save_together
 
@@ -89,6 +89,11 @@ class SweepPlan:
     checkpoints: tuple[Checkpoint, ...]
     family: Family | None
     out: Path
+
+    @property
+    def events(self) -> list[Event]:
+        """What users must hear of, each once."""
+        return list(dict.fromkeys(event for each in self.checkpoints for event in each.events))
 
     @property
     def disk_bytes(self) -> int:
@@ -190,9 +195,15 @@ def _identity(planned: SweepPlan, measuring: Measuring) -> dict[str, Any]:
     resolved = planned.recipes[0].recipe.resolved()
     for axis in planned.axes:
         _drop(resolved, axis.path.split("."))
-    inputs = {source.label: source.identity() for each in planned.checkpoints for source in each.inputs}
+    swept = [axis.path for axis in planned.axes]
+    inputs = {
+        source.label: source.identity()
+        for each in planned.checkpoints
+        for source in each.inputs
+        if f"parents.{source.label}" not in swept
+    }
     return {
-        "axes": [axis.path for axis in planned.axes],
+        "axes": swept,
         "recipe": resolved,
         "inputs": inputs,
         "measuring": measuring.identity(),
@@ -200,13 +211,15 @@ def _identity(planned: SweepPlan, measuring: Measuring) -> dict[str, Any]:
 
 
 def _drop(value: Any, path: Sequence[str]) -> None:
-    """Take a swept field out of a recipe's plain data."""
+    """Take a swept field out of a recipe's plain data, where it stands there under its path."""
     for step in path[:-1]:
-        value = value[int(step)] if isinstance(value, list) else value.get(step, {})
-    if isinstance(value, list):
-        value[int(path[-1])] = None
-    else:
+        value = value[int(step)] if isinstance(value, list) else value.get(step)
+        if not isinstance(value, list | dict):
+            return
+    if isinstance(value, dict):
         value.pop(path[-1], None)
+    else:
+        value[int(path[-1])] = None
 
 
 def _all_axes(planned: SweepPlan, earlier: Mapping[str, Any] | None) -> list[dict[str, Any]]:
@@ -245,9 +258,15 @@ class _Sweep:
         return (self._folder(index) / MANIFEST).is_file()
 
     def _lacks(self, index: int) -> bool:
-        row = self.ledger.rows.get(self.planned.points[index].name)
-        measured = row is not None and not row["error"]
+        measured = self._measured(self.planned.points[index]) is not None
         return not measured or (self.keep == "all" and not self._made(index))
+
+    def _measured(self, point: Point) -> Row | None:
+        """The row of a point that needs no further measure."""
+        row = self.ledger.rows.get(point.name)
+        if row is None or row["error"] or (self.measuring.wanted and not row["figures"]):
+            return None
+        return row
 
     def _batch(self, lacking: Sequence[int]) -> tuple[list[int], list[int]]:
         """The children to be made at once: all, or as many as the disk has room for where they go again."""
@@ -293,9 +312,10 @@ class _Sweep:
             "name": point.name, "values": dict(point.values), "overrides": list(point.overrides),
             "folder": point.name, "figures": None, "same_as": None, "error": None,
         }  # fmt: skip
-        earlier = self.ledger.rows.get(point.name)
+        clear_leftovers(self._folder(index))
+        earlier = self._measured(point)
         twin = self._twin(index)
-        if earlier is not None and not earlier["error"]:
+        if earlier is not None:
             row = {**earlier, "folder": point.name}
         elif twin is not None:
             row |= {"figures": twin["figures"], "same_as": twin["name"]}
