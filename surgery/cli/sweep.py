@@ -28,7 +28,7 @@ from surgery.cli.run import resumable
 from surgery.errors import PlanError, SurgeryError, UsageError
 
 if TYPE_CHECKING:
-    from surgery.recipe.sweep import SweepPlan
+    from surgery.recipe.sweep_plan import SweepPlan
 
 Over = Annotated[
     list[str] | None,
@@ -87,7 +87,8 @@ def sweep(
     """Make and measure a recipe's children over a grid of values. The same command resumes."""
     from surgery.recipe.grid import axes_of, points_of
     from surgery.recipe.load import load_recipe
-    from surgery.recipe.sweep import KEEPS, Measuring, plan_sweep, run_sweep
+    from surgery.recipe.sweep import KEEPS, Measuring, run_sweep
+    from surgery.recipe.sweep_plan import plan_sweep
     from surgery.stream.save import SaveOptions, cores
 
     output = Output(json=json, quiet=quiet or json)

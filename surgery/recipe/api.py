@@ -24,7 +24,8 @@ from surgery.recipe.grid import POINTS, axes_of, points_of
 from surgery.recipe.load import LoadedRecipe, load_recipe, recipe_from_dict
 from surgery.recipe.run import Plan, plan_recipe, run_recipe
 from surgery.recipe.schema import Recipe
-from surgery.recipe.sweep import Keep, Measuring, Said, SweepResult, plan_sweep, run_sweep
+from surgery.recipe.sweep import Keep, Measuring, Said, SweepResult, run_sweep
+from surgery.recipe.sweep_plan import plan_sweep
 from surgery.recipe.table import OPERATORS, operator_class
 from surgery.report.diff import Diff, diff_checkpoints
 from surgery.report.inspect import Inspection, inspect_checkpoint

@@ -21,19 +21,17 @@ from typing import Any, Literal, get_args
 from surgery.errors import InterruptedRun, SurgeryError, UsageError
 from surgery.evaluate.run import evaluate
 from surgery.evaluate.tasks import compile_pattern, read_problems
-from surgery.operators.protocol import LayerOperator, RunContext
-from surgery.recipe.build import Parents
-from surgery.recipe.grid import Axis, Point
+from surgery.operators.protocol import RunContext
+from surgery.recipe.grid import Point
 from surgery.recipe.ledger import Ledger, Row, read_sweep, sweep_folder, write_text
-from surgery.recipe.load import LoadedRecipe
-from surgery.recipe.run import built, output_options, run_recipe
+from surgery.recipe.run import output_options, run_recipe
+from surgery.recipe.sweep_plan import SweepPlan, axes_as_dicts
 from surgery.report.sweep import render_sweep, sweep_csv, sweep_svg
-from surgery.stream.checkpoint import Checkpoint, Event
 from surgery.stream.files import file_hash
 from surgery.stream.manifest import NAME as MANIFEST
-from surgery.stream.save import SaveOptions, check_apart, clear_leftovers
-from surgery.stream.survey import free_bytes, survey
-from surgery.stream.together import Family, begun_otherwise, family_of, save_together
+from surgery.stream.save import SaveOptions, clear_leftovers
+from surgery.stream.survey import free_bytes
+from surgery.stream.together import Family, begun_otherwise, save_together
 
 Keep = Literal["all", "best", "none"]
 KEEPS: tuple[Keep, ...] = get_args(Keep)
@@ -77,82 +75,6 @@ class Measuring:
             if name in told:
                 told[name] = {"file": told[name].name, "sha256": file_hash(told[name])}
         return told
-
-
-@dataclass(frozen=True)
-class SweepPlan:
-    """The children of a sweep from headers alone; `family` is None where they are made one after another."""
-
-    axes: tuple[Axis, ...]
-    points: tuple[Point, ...]
-    recipes: tuple[LoadedRecipe, ...]
-    checkpoints: tuple[Checkpoint, ...]
-    family: Family | None
-    out: Path
-
-    @property
-    def events(self) -> list[Event]:
-        """What users must hear of, each once."""
-        return list(dict.fromkeys(event for each in self.checkpoints for event in each.events))
-
-    @property
-    def disk_bytes(self) -> int:
-        """What all children take; a walk's own need is not in it."""
-        if self.family is not None:
-            return self.family.output_bytes
-        surveys = (
-            survey(each, loaded.recipe.output.shard_bytes)
-            for each, loaded in zip(self.checkpoints, self.recipes, strict=True)
-        )
-        return sum(each.disk_bytes for each in surveys)
-
-    def as_dict(self) -> dict[str, Any]:
-        """The JSON document of `surgery sweep --dry-run --json`."""
-        need, free = self.disk_bytes, free_bytes(self.out)
-        return {
-            "schema": 1,
-            "folder": str(self.out),
-            "axes": axes_as_dicts(self.axes),
-            "points": [
-                {"name": each.name, "values": dict(each.values), "overrides": list(each.overrides)}
-                for each in self.points
-            ],
-            "together": self.family is not None,
-            "bytes_read": dict(self.family.reads) if self.family else None,
-            "bytes_if_separate": self.family.whole_bytes if self.family else need,
-            "disk": {"needed": need, "free": free, "shortage": max(0, need - free)},
-        }
-
-
-def axes_as_dicts(axes: Sequence[Axis]) -> list[dict[str, Any]]:
-    return [
-        {"path": each.path, "label": each.label, "values": [shown for shown, _ in each.values]}
-        for each in axes
-    ]
-
-
-def plan_sweep(
-    load: Callable[[Sequence[str]], LoadedRecipe], axes: Sequence[Axis], points: Sequence[Point], out: Path
-) -> SweepPlan:
-    """Open the parents once and build every child's outline; `load` gives the recipe with overrides.
-
-    Raises RecipeError (located at the override) and what building a recipe raises.
-    """
-    recipes = [load(point.overrides) for point in points]
-    parents = Parents()
-    checkpoints = [built(loaded, parents_of=parents) for loaded in recipes]
-    for checkpoint in checkpoints:
-        check_apart(out, checkpoint)
-    outputs = {
-        (each.recipe.output.format, each.recipe.output.shard_bytes, each.recipe.output.allow_nonfinite)
-        for each in recipes
-    }
-    walks = any(isinstance(step.operator, LayerOperator) for each in recipes for step in each.recipe.steps)
-    family = None
-    if not walks and len(outputs) == 1:
-        output = recipes[0].recipe.output
-        family = family_of(checkpoints, output.format, output.shard_bytes)
-    return SweepPlan(tuple(axes), tuple(points), tuple(recipes), tuple(checkpoints), family, out)
 
 
 @dataclass(frozen=True)
