@@ -3,7 +3,8 @@
 For each layer, wave by wave (what fits into memory at once, see `select.waves`): the calibration tokens run
 through the layer as it was, the inputs of the wave's matrices are summed up, the matrices are solved in
 batches of one shape, and their final bytes go into a spool file. Once all waves of a layer are through, its
-new tensors stand in for the old ones; where the operator solves in sequence, after every wave.
+new tensors stand in for the old ones; where the operator solves in sequence, after every wave. An operator
+that scales matrices (`scaled.py`) looks at all of a wave before any of it is solved.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from surgery.codecs.codec import Codec, IntCodec
 from surgery.codecs.grid import Quantized
 from surgery.operators.layerwise.assemble import problems
 from surgery.operators.layerwise.problem import Matrix, Problem, Solved
+from surgery.operators.layerwise.scaled import Prepare, Scaled, Stacked
 from surgery.stream.checkpoint import Checkpoint, TensorRef
 from surgery.stream.files import StoredTensor
 from surgery.stream.spool import SUFFIX, Made, made_ref, read_spool, write_spool
@@ -59,9 +61,12 @@ class Solving:
     folder: Path
     device: torch.device
     room_bytes: int
+    prepare: Prepare | None = None
     rows: list[dict[str, Any]] = field(default_factory=list)
     files: dict[str, str] = field(default_factory=dict)
     """SHA-256 of the spool files by name."""
+    changed: list[str] = field(default_factory=list)
+    """Tensors that are no solved matrices but lie in the spool files as well."""
     _held: dict[str, TensorRef] = field(default_factory=dict)
     """The solved tensors of the layer at hand."""
 
@@ -74,12 +79,18 @@ class Solving:
         self, layer: int, number: int, refs: Sequence[TensorRef], inputs: LayerInputs
     ) -> Sequence[TensorRef] | None:
         """Solve a wave whose inputs are taken; the layer's tensors once they change."""
-        made: list[Made] = []
-        for batch, problem in problems(
-            layer, self.plan[layer][number], refs, inputs, self.device, self.room_bytes,
-            gram=self.solver.needs_gram,
-        ):  # fmt: skip
-            made += self._solved(batch, problem)
+
+        def stacked() -> Stacked:
+            return problems(
+                layer, self.plan[layer][number], refs, inputs, self.device, self.room_bytes,
+                gram=self.solver.needs_gram,
+            )  # fmt: skip
+
+        scaled = self.prepare(layer, refs, stacked()) if self.prepare else Scaled()
+        made = list(scaled.made)
+        self.changed += [each.ref.name for each in made]
+        for batch, problem in stacked():
+            made += self._solved(batch, problem, scaled)
         name = f"solved-{layer:05d}-{number:02d}{SUFFIX}"
         self.files[name] = write_spool(self.folder / name, made)
         spool = read_spool(self.folder / name)
@@ -90,10 +101,12 @@ class Solving:
         held, self._held = self._held, {}
         return [held.get(ref.name, ref) for ref in refs]
 
-    def _solved(self, batch: Sequence[Sequence[Matrix]], problem: Problem) -> list[Made]:
+    def _solved(self, batch: Sequence[Sequence[Matrix]], problem: Problem, scaled: Scaled) -> list[Made]:
         poor = [tokens < self.solver.min_tokens for tokens in problem.tokens]
-        plain = self.solver.fall_back(problem)
-        found = plain if all(poor) else self.solver.solve(problem)
+        given = scaled.problem(batch, problem)
+        unprepared = self.solver.fall_back(problem)
+        plain = unprepared if given is problem else self.solver.fall_back(given)
+        found = plain if all(poor) else self.solver.solve(given)
         reasons = list(found.unsolved or [None] * len(batch))
         reasons = [
             f"{tokens} tokens" if few else reason
@@ -102,9 +115,12 @@ class Solving:
         made: list[Made] = []
         for index, group in enumerate(batch):
             source = found if reasons[index] is None else plain
-            one = problem.of(index)
-            errors = relative_errors(one, source.values[index : index + 1])
-            before = relative_errors(one, plain.values[index : index + 1])
+            one, only = problem.of(index), slice(index, index + 1)
+            reached = source.values[only]
+            if given is not problem:
+                reached = scaled.undone(batch[only], one, reached)
+            errors = relative_errors(one, reached)
+            before = relative_errors(one, unprepared.values[only])
             damping = found.damping[index] if found.damping and reasons[index] is None else None
             begin = 0
             for place, matrix in enumerate(group):
@@ -118,6 +134,7 @@ class Solving:
                     "tensor": ref.name, "form": str(matrix.work.codec.name), "error": errors[place],
                     "error_plain": before[place], "zeros": int((values == 0).sum()) / values.numel(),
                     "tokens": problem.tokens[index], "damping": damping, "fallback": reasons[index],
+                    **scaled.told.get(ref.name, {}),
                 })  # fmt: skip
         return made
 
@@ -150,13 +167,18 @@ class WaveStep:
         return self.solving.solve(layer, self.number, refs, inputs)
 
     def state(self) -> dict[str, Any]:
-        return {"rows": self.solving.rows, "files": self.solving.files} if self.number == 0 else {}
+        if self.number:
+            return {}
+        return {
+            "rows": self.solving.rows, "files": self.solving.files, "changed": self.solving.changed,
+        }  # fmt: skip
 
     def restore(self, state: Mapping[str, Any]) -> None:
         if self.number == 0:
             self.solving.rows[:] = state["rows"]
             self.solving.files.clear()
             self.solving.files.update(state["files"])
+            self.solving.changed[:] = state["changed"]
 
 
 def relative_errors(problem: Problem, values: torch.Tensor) -> list[float]:
