@@ -1,8 +1,8 @@
 """Read checkpoints of compressed-tensors: packed and unpacked integers, FP8, MXFP4.
 
 The parts of a module are found by their names, its scheme by the config, and both have to agree. Forms that
-are not computed with (NVFP4, activation order with a g_idx, fused 3-D tensors) keep their parts together under
-the logical name and are copied as stored.
+are not computed with (NVFP4, activation order with a g_idx, fused 3-D tensors) keep their parts together
+under the logical name and are copied as stored.
 
 A row of 3, 5, 6 or 7 bits was packed otherwise before version 0.17; its width tells which, and the version
 where both have the same. The columns of a row with one scale do not follow from its width: they are read from

@@ -52,8 +52,8 @@ from surgery.stream.checkpoint import (
     StoredRef,
     Sums,
     TensorRef,
-    recode,
 )
+from surgery.stream.recode import recode
 from surgery.stream.select import matcher
 
 if TYPE_CHECKING:

@@ -33,8 +33,8 @@ from surgery.stream.checkpoint import (
     ReadContext,
     Sums,
     TensorRef,
-    recode,
 )
+from surgery.stream.recode import recode
 from surgery.stream.select import matcher
 
 if TYPE_CHECKING:
