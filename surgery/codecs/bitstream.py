@@ -33,16 +33,18 @@ def pack(codes: torch.Tensor, bits: int, *, padded: bool = False) -> torch.Tenso
     if not codes.numel():
         return torch.empty(rows, word_count(count, bits), dtype=torch.int32, device=codes.device)
     padding = -count % WORD
-    stream = _plain_strides(torch.nn.functional.pad(codes, (0, padding)) if padding else codes)
+    stream = torch.nn.functional.pad(codes, (0, padding)) if padding else codes.contiguous()
+    # Flat, as a view of another size looks at strides, and those of sides of 1 are anything.
+    stream = stream.reshape(-1)
     if bits < 8:
         lanes = stream.view(torch.int64)
         for width in (8, 16, 32):
             gap = width - bits * width // 8
             low = _mask(bits * width // 8, 2 * width)
             lanes = (lanes & low) | ((lanes >> gap) & (low << bits * width // 8))
-        stream = lanes.view(torch.uint8).view(rows, (count + padding) // 8, 8)[..., :bits]
-        stream = stream.reshape(rows, (count + padding) // 8 * bits)
-    return stream.view(torch.int32)[:, : word_count(count, bits)].contiguous()
+        stream = lanes.view(torch.uint8).view(-1, 8)[:, :bits].reshape(-1)
+    words = stream.view(torch.int32).view(rows, (count + padding) // WORD * bits)
+    return words[:, : word_count(count, bits)].contiguous()
 
 
 def unpack(words: torch.Tensor, bits: int, count: int, *, padded: bool = False) -> torch.Tensor:
@@ -55,23 +57,18 @@ def unpack(words: torch.Tensor, bits: int, count: int, *, padded: bool = False) 
     if not words.numel():
         return torch.empty(rows, count, dtype=torch.uint8, device=words.device)
     eights = -(-count // 8)
-    stream = _plain_strides(torch.nn.functional.pad(words, (0, -words.shape[1] % bits))).view(torch.uint8)
+    padded_words = torch.nn.functional.pad(words, (0, -words.shape[1] % bits))
+    stream = padded_words.reshape(-1).view(torch.uint8).view(rows, padded_words.shape[1] * 4)
     if bits == 8:
         return stream[:, :count].contiguous()
     spread = torch.zeros(rows, eights, 8, dtype=torch.uint8, device=words.device)
     spread[..., :bits] = stream[:, : eights * bits].view(rows, eights, bits)
-    lanes = spread.view(rows, eights * 8).view(torch.int64)
+    lanes = spread.view(-1).view(torch.int64)
     for width in (32, 16, 8):
         gap = width - bits * width // 8
         low = _mask(bits * width // 8, 2 * width)
         lanes = (lanes & low) | ((lanes << gap) & (low << width))
-    return lanes.view(torch.uint8)[:, :count].contiguous()
-
-
-def _plain_strides(matrix: torch.Tensor) -> torch.Tensor:
-    """The matrix row by row in memory, with the strides that views of another width need: `contiguous`
-    leaves those of a dimension of one as they are."""
-    return matrix.reshape(-1).view(matrix.shape)
+    return lanes.view(torch.uint8).view(rows, eights * 8)[:, :count].contiguous()
 
 
 def _mask(ones: int, period: int) -> int:

@@ -16,7 +16,6 @@ from typing import Any, Literal
 
 import numpy as np
 
-from surgery.codecs.fp8_block import Fp8Block
 from surgery.errors import CheckpointError, SurgeryError
 from surgery.operators.protocol import Decision, LayerOperator
 from surgery.recipe.table import operator_class
@@ -28,6 +27,7 @@ from surgery.stream.fused import encoded
 from surgery.stream.hub import Hub, pinned
 from surgery.stream.jobs import same_bytes
 from surgery.stream.manifest import read_manifest
+from surgery.stream.quantization_configs import contradictions
 from surgery.stream.source import open_checkpoint
 
 State = Literal["passed", "failed", "skipped", "noted"]
@@ -134,11 +134,8 @@ def check_tensors(checkpoint: Checkpoint, manifest: Mapping[str, Any]) -> Check:
 
 def check_config(checkpoint: Checkpoint) -> Iterator[Check]:
     """What config.json says is what the tensors are."""
-    config, wrong = checkpoint.config, []
-    says_fp8 = checkpoint.quantization.get("quant_method") == "fp8"
-    fp8 = [ref for ref in checkpoint.tensors.values() if isinstance(ref.codec, Fp8Block)]
-    if says_fp8 != bool(fp8):
-        wrong.append(f"quantization_config says fp8: {says_fp8}, FP8 tensors: {len(fp8)}")
+    config = checkpoint.config
+    wrong = contradictions(checkpoint.quantization, checkpoint.tensors)
     text = config.get("text_config") or config
     layers = {ref.info.layer for ref in checkpoint.tensors.values() if not ref.info.mtp} - {None}
     told = text.get("num_hidden_layers")

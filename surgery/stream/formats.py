@@ -1,8 +1,12 @@
-"""Output formats: the stored form that a checkpoint is written in, and the config that says so.
+"""Output formats: the stored form that a checkpoint is written in.
 
-source      as each tensor is stored in the base
-bf16        every floating weight in bf16 (fp32 routers keep fp32), no quantization_config
-fp8-block   linear weights of experts, attention and dense MLPs as e4m3 with fp32 128×128 scales
+source              as each tensor is stored in the base
+bf16                every floating weight in bf16 (fp32 routers keep fp32), no quantization_config
+fp8-block           linear weights of experts, attention and dense MLPs as e4m3 with fp32 128×128 scales
+compressed-tensors  quantized weights in the layouts of compressed-tensors, codes and scales carried over;
+                    weights that are not quantized stay as they are
+
+What config.json says of them is in `quantization_configs`.
 """
 
 from __future__ import annotations
@@ -10,17 +14,31 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from surgery.codecs.codec import Codec
-from surgery.codecs.fp8_block import BLOCK, Fp8Block
+from surgery.codecs.carry import scales_change
+from surgery.codecs.codec import Codec, IntCodec
+from surgery.codecs.fp8_block import Fp8Block
+from surgery.codecs.packed_int import PackedInt
 from surgery.codecs.plain import Opaque, Plain
 from surgery.errors import PlanError, Table
-from surgery.stream.checkpoint import Checkpoint, Part, TensorRef
+from surgery.stream.checkpoint import Checkpoint, ComputedRef, Event, Part, StoredRef, TensorRef
+from surgery.stream.compressed_config import METHOD
 from surgery.stream.files import StoredTensor
 from surgery.stream.header import tensor_nbytes
-from surgery.stream.recode import recode
+from surgery.stream.quantization_configs import (
+    cannot_express,
+    contradictions,
+    is_compressed,
+    quantization_config,
+)
+from surgery.stream.recode import Recode, recode
 
-Format = Literal["source", "bf16", "fp8-block"]
+Format = Literal["source", "bf16", "fp8-block", "compressed-tensors"]
 FP8_ROLES = frozenset({"routed_expert", "shared_expert", "attention", "dense_mlp"})
+ACTIVATION_SCALES = (
+    ".input_scale", ".output_scale", ".input_zero_point", ".output_zero_point", ".input_global_scale",
+    ".k_scale", ".v_scale",
+)  # fmt: skip
+"""What quantized checkpoints keep beside weights; without quantization nobody asks for it."""
 
 
 def apply_format(checkpoint: Checkpoint, form: Format) -> Checkpoint:
@@ -28,8 +46,9 @@ def apply_format(checkpoint: Checkpoint, form: Format) -> Checkpoint:
     if form == "source":
         _refuse_mixed_scales(checkpoint)
         return checkpoint
-    convert = to_bf16 if form == "bf16" else to_fp8_block
-    tensors = {name: convert(ref) for name, ref in checkpoint.tensors.items()}
+    convert = {"bf16": to_bf16, "fp8-block": to_fp8_block, "compressed-tensors": to_compressed_tensors}[form]
+    kept = checkpoint if form == METHOD else without_activation_scales(checkpoint)
+    tensors = {name: convert(ref) for name, ref in kept.tensors.items()}
     stuck = [ref for ref in tensors.values() if not ref.codec.decodable and _holds_weights(ref)]
     if stuck:
         rows = tuple((ref.name, ref.codec.name) for ref in stuck)
@@ -42,12 +61,25 @@ def apply_format(checkpoint: Checkpoint, form: Format) -> Checkpoint:
     if form == "bf16":
         config = in_bf16(checkpoint.config)
     else:
-        config = {**checkpoint.config, "quantization_config": fp8_config(checkpoint, tensors)}
-    return checkpoint.replace(tensors=tensors, config=config)
+        describe = fp8_config if form == "fp8-block" else compressed_config
+        config = {**checkpoint.config, "quantization_config": describe(checkpoint, tensors)}
+    events = (*kept.events, *_rounded_scales(tensors))
+    return kept.replace(tensors=tensors, config=config, events=events)
 
 
 def _holds_weights(ref: TensorRef) -> bool:
     return not isinstance(ref.codec, Opaque) or ref.codec.weights
+
+
+def without_activation_scales(checkpoint: Checkpoint) -> Checkpoint:
+    """Without the scales of activations that a compressed-tensors checkpoint may have."""
+    if checkpoint.quantization.get("quant_method") != METHOD:
+        return checkpoint
+    gone = [name for name in checkpoint.tensors if name.endswith(ACTIVATION_SCALES)]
+    return checkpoint.replace(
+        tensors={name: ref for name, ref in checkpoint.tensors.items() if name not in set(gone)},
+        dropped={**checkpoint.dropped, **dict.fromkeys(gone, "scales of quantized activations")},
+    )
 
 
 def in_bf16(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -66,9 +98,7 @@ def to_bf16(ref: TensorRef) -> TensorRef:
         ref.codec.dtype == "BF16" or (ref.codec.dtype == "F32" and ref.info.role == "router")
     ):
         return ref
-    if not isinstance(ref.codec, Plain | Fp8Block):
-        return ref
-    return stored_as(ref, Plain("BF16"))
+    return stored_as(ref, Plain("BF16")) if ref.codec.decodable else ref
 
 
 def to_fp8_block(ref: TensorRef) -> TensorRef:
@@ -85,7 +115,21 @@ def to_fp8_block(ref: TensorRef) -> TensorRef:
                 hint="write output.format=bf16 or source",
             )
         return stored_as(ref, codec)
-    return ref
+    return ref if isinstance(ref.codec, Plain) else to_bf16(ref)
+
+
+def to_compressed_tensors(ref: TensorRef) -> TensorRef:
+    codec = ref.codec
+    if isinstance(codec, Plain | Opaque) or (is_compressed(codec) and not isinstance(codec, PackedInt)):
+        return ref
+    if not ref.name.endswith(".weight"):
+        raise cannot_express(METHOD, ref)
+    if isinstance(codec, Fp8Block):
+        dtype = "F32" if codec.scale_dtype == "F8_E8M0" else codec.scale_dtype
+        return stored_as(ref, Fp8Block(dtype, codec.ue8m0, suffix="_scale"))
+    if isinstance(codec, IntCodec) and not ref.is_view:
+        return stored_as(ref, PackedInt(codec.scheme, codec.scale_dtype))
+    raise cannot_express(METHOD, ref)
 
 
 def stored_as(ref: TensorRef, codec: Codec) -> TensorRef:
@@ -93,7 +137,7 @@ def stored_as(ref: TensorRef, codec: Codec) -> TensorRef:
     parts = []
     for spec in codec.parts(ref.shape):
         first = ref.parts[0]
-        name = first.stored.name + spec.suffix
+        name = first.stored.name + spec.suffix if first.view is not None else spec.stored_name(ref.name)
         shape = first.stored.shape if first.view is not None else spec.shape
         stored = StoredTensor(name, spec.dtype, shape, tensor_nbytes(spec.dtype, shape))
         parts.append(Part(spec.key, stored, first.view))
@@ -108,25 +152,40 @@ def fp8_config(checkpoint: Checkpoint, tensors: Mapping[str, TensorRef]) -> Mapp
             f"{', '.join(sorted(FP8_ROLES))}",
             hint="write output.format=source or bf16",
         )
-    kept = [
-        ref.name.removesuffix(".weight")
-        for ref in tensors.values()
-        if not isinstance(ref.codec, Fp8Block)
-        and len(ref.shape) == 2
-        and ref.name.endswith(".weight")
-        and ref.info.role != "embedding"
-    ]
+    fresh, old = quantization_config(tensors, "fp8-block"), checkpoint.quantization
+    if old.get("quant_method") != "fp8":
+        return fresh
+    kept = {key: value for key, value in old.items() if key != "scale_fmt"}
+    key = "modules_to_not_convert"
+    return kept | ({key: fresh[key]} if key in old else {})
+
+
+def compressed_config(checkpoint: Checkpoint, tensors: Mapping[str, TensorRef]) -> Mapping[str, Any]:
+    """The base's own config where it already says what these tensors are (it may ask for quantized
+    activations, which a new one does not), else a new one."""
     old = checkpoint.quantization
-    if old.get("quant_method") == "fp8":
-        config = {key: value for key, value in old.items() if key != "scale_fmt"}
-        return config | ({"modules_to_not_convert": kept} if "modules_to_not_convert" in old else {})
-    return {
-        "activation_scheme": "dynamic",
-        "fmt": "e4m3",
-        "quant_method": "fp8",
-        "weight_block_size": [BLOCK, BLOCK],
-        "modules_to_not_convert": kept,
-    }
+    if old.get("quant_method") == METHOD and not contradictions(old, tensors):
+        fresh = quantization_config(tensors, METHOD)
+        return {**old, "version": fresh["version"]}
+    return quantization_config(tensors, METHOD)
+
+
+def _rounded_scales(tensors: Mapping[str, TensorRef]) -> tuple[Event, ...]:
+    """What is lost where codes are carried over to a form that stores narrower scales."""
+    names = tuple(
+        ref.name
+        for ref in tensors.values()
+        if isinstance(ref, ComputedRef)
+        and isinstance(ref.kernel, Recode)
+        and isinstance(ref.inputs[0], StoredRef)
+        and isinstance(ref.codec, IntCodec)
+        and scales_change(ref.inputs[0].codec, ref.codec)
+    )
+    if not names:
+        return ()
+    ref = tensors[names[0]]
+    told = f"{len(names)} tensors keep their codes, but their scales are rounded"
+    return (Event("scales", f"{told} to what {ref.codec.name} stores, first {names[0]}", names),)
 
 
 def _refuse_mixed_scales(checkpoint: Checkpoint) -> None:

@@ -252,10 +252,17 @@ def _config(config: Mapping[str, Any], shape: ExpertShape, keep: KeepList, mtp: 
         last = section.get("num_hidden_layers")
         predicted = keep.layers[shape.layers[-1]] if mtp == "prune" else ()
         layers = dict(keep.layers) | ({last: predicted} if isinstance(last, int) else {})
-        found["quantization_config"] = {
-            key: _renumbered(value, layers) if isinstance(value, list) else value
-            for key, value in quantization.items()
-        }
+        found["quantization_config"] = _renumbered_lists(quantization, layers)
+    return found
+
+
+def _renumbered_lists(section: Mapping[str, Any], layers: Mapping[int, tuple[int, ...]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in section.items():
+        if isinstance(value, Mapping):
+            found[key] = _renumbered_lists(value, layers)
+        else:
+            found[key] = _renumbered(value, layers) if isinstance(value, list) else value
     return found
 
 
