@@ -18,7 +18,14 @@ from typing import TYPE_CHECKING, Any
 
 from surgery.codecs.bitstream import pack, unpack, word_count
 from surgery.codecs.codec import WHOLE, PartSpec, Spans
-from surgery.codecs.plain import ITEMSIZE, TORCH_DTYPES, finite_floats, float_bytes, float_values
+from surgery.codecs.plain import (
+    ITEMSIZE,
+    TORCH_DTYPES,
+    finite_floats,
+    float_bytes,
+    float_values,
+    tensor_bytes,
+)
 from surgery.codecs.schemes import IntScheme
 from surgery.errors import CheckpointError, UsageError
 
@@ -113,12 +120,12 @@ class PackedInt:
     def pack(self, quantized: Quantized) -> dict[str, np.ndarray[Any, Any]]:
         bits = self.scheme.bits
         found = {
-            "packed": _bytes(pack(quantized.codes, bits, padded=self.padded)),
+            "packed": tensor_bytes(pack(quantized.codes, bits, padded=self.padded)),
             "scale": float_bytes(self.scale_dtype, quantized.scales),
         }
         if not self.scheme.symmetric:
             zeros = pack(quantized.zeros.T.contiguous(), bits, padded=self.padded)
-            found["zero"] = _bytes(zeros.T.contiguous())
+            found["zero"] = tensor_bytes(zeros.T)
         elif bool((quantized.zeros != self.scheme.middle).any()):
             raise UsageError(f"{self.scheme} has no place for zero points")
         return found
@@ -140,9 +147,3 @@ def check_shape(shape: tuple[int, ...], raw: np.ndarray[Any, Any]) -> None:
             f"codes and scales have the shape {list(shape)}, the weight_shape beside them says {told}",
             hint="the checkpoint contradicts itself; fetch it again",
         )
-
-
-def _bytes(words: torch.Tensor) -> np.ndarray[Any, Any]:
-    import torch
-
-    return words.view(-1).view(torch.uint8).numpy()

@@ -119,7 +119,17 @@ def float_bytes(dtype: str, values: torch.Tensor) -> np.ndarray[Any, Any]:
     """The stored bytes of values rounded to a floating dtype."""
     import torch
 
-    return values.to(getattr(torch, TORCH_DTYPES[dtype])).contiguous().view(-1).view(torch.uint8).numpy()
+    return tensor_bytes(values.to(getattr(torch, TORCH_DTYPES[dtype])))
+
+
+def tensor_bytes(values: torch.Tensor) -> np.ndarray[Any, Any]:
+    """The bytes of a tensor, row after row."""
+    import torch
+
+    flat = values.reshape(-1)
+    if flat.stride(0) != 1:  # of one element, whose stride may be anything, and no view likes that
+        flat = flat.clone(memory_format=torch.contiguous_format)
+    return flat.view(torch.uint8).numpy()
 
 
 def finite_floats(dtype: str, raw: np.ndarray[Any, Any]) -> bool:

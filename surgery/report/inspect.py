@@ -103,5 +103,7 @@ def ragged_fp8(refs: Sequence[TensorRef]) -> list[TensorRef]:
     return [
         ref
         for ref in refs
-        if isinstance(ref.codec, Fp8Block) and any(side % BLOCK and side > BLOCK for side in ref.shape)
+        if isinstance(ref.codec, Fp8Block)
+        and ref.codec.suffix == "_scale_inv"
+        and any(side % BLOCK and side > BLOCK for side in ref.shape)
     ]

@@ -24,6 +24,7 @@ from surgery.stream.checkpoint import Checkpoint, ComputedRef, Event, Part, Stor
 from surgery.stream.compressed_config import METHOD
 from surgery.stream.files import StoredTensor
 from surgery.stream.header import tensor_nbytes
+from surgery.stream.loading import loading_limits
 from surgery.stream.quantization_configs import (
     cannot_express,
     contradictions,
@@ -63,7 +64,8 @@ def apply_format(checkpoint: Checkpoint, form: Format) -> Checkpoint:
     else:
         describe = fp8_config if form == "fp8-block" else compressed_config
         config = {**checkpoint.config, "quantization_config": describe(checkpoint, tensors)}
-    events = (*kept.events, *_rounded_scales(tensors))
+    limits = loading_limits(tensors) if form == METHOD else ()
+    events = (*kept.events, *_rounded_scales(tensors), *limits)
     return kept.replace(tensors=tensors, config=config, events=events)
 
 

@@ -35,7 +35,7 @@ def describe(wanted: Iterable[str], others: Iterable[str]) -> list[str]:
             whole = list(dict.fromkeys(each[0] for each in numbers if each[0] not in mixed))
             if not whole:
                 continue
-            layers = f"({'|'.join(whole)})"
+            layers = _either(whole)
         clash = any(other != shape and _tail(other) == _tail(shape) for other in theirs)
         start = 0 if clash else len(shape) - len(_tail(shape))
         front = r".*\b" if start else ""

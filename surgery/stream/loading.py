@@ -1,0 +1,59 @@
+"""What of a compressed-tensors output its readers cannot load, found out with transformers 5.17 and
+compressed-tensors 0.17 and 0.20. Such outputs are written all the same: other engines may read them.
+
+transformers decompresses all routed experts by one scheme, and knows how to for symmetric packed integers,
+MXFP4 and FP8 with one scale a row or a tensor. Experts on another scheme fail to load, or (experts that are
+not quantized beside others that are) load as noise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from surgery.codecs.codec import Codec
+from surgery.codecs.fp8_block import BLOCK, Fp8Block
+from surgery.codecs.packed_int import PackedInt
+from surgery.codecs.plain_int import PlainInt
+from surgery.stream.checkpoint import Event, TensorRef
+from surgery.stream.quantization_configs import is_compressed
+
+
+def loading_limits(tensors: Mapping[str, TensorRef]) -> tuple[Event, ...]:
+    """An event for each kind of tensor that transformers cannot load."""
+    experts = [
+        ref
+        for ref in tensors.values()
+        if ref.info.role == "routed_expert" and len(ref.shape) == 2 and not ref.info.mtp
+    ]
+    ways: dict[str, list[str]] = {}
+    for ref in experts:
+        ways.setdefault(ref.codec.name if is_compressed(ref.codec) else "values", []).append(ref.name)
+    events = []
+    if len(ways) > 1:
+        fewest = tuple(ways[min(ways, key=lambda way: len(ways[way]))])
+        told = (
+            f"routed experts are stored in {len(ways)} ways ({', '.join(ways)}), first {fewest[0]}: "
+            "transformers reads all by one and would load noise; vLLM asks for one way within a layer"
+        )
+        events.append(Event("loading", told, fewest))
+    odd = tuple(ref.name for ref in experts if _expert_cannot_load(ref.codec))
+    if odd:
+        told = f"transformers cannot load {len(odd)} routed experts stored as {tensors[odd[0]].codec.name}"
+        events.append(Event("loading", f"{told}, first {odd[0]}", odd))
+    ragged = tuple(name for name, ref in tensors.items() if _ragged(ref))
+    if ragged:
+        told = f"{len(ragged)} FP8 tensors have columns that are no multiple of {BLOCK}"
+        events.append(
+            Event("loading", f"{told}: compressed-tensors cannot run them, first {ragged[0]}", ragged)
+        )
+    return tuple(events)
+
+
+def _ragged(ref: TensorRef) -> bool:
+    return isinstance(ref.codec, Fp8Block) and is_compressed(ref.codec) and ref.shape[1] % BLOCK != 0
+
+
+def _expert_cannot_load(codec: Codec) -> bool:
+    if isinstance(codec, PackedInt):
+        return not codec.scheme.symmetric
+    return is_compressed(codec) and isinstance(codec, PlainInt | Fp8Block)
