@@ -46,7 +46,7 @@ def prune(
         ),
     ] = None,
     output_format: Annotated[
-        str, typer.Option("--format", help="source (as stored), bf16, fp8-block or compressed-tensors.")
+        str, typer.Option("--format", help="source (as stored), bf16, fp8-block, compressed-tensors, gptq, …")
     ] = "source",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and stop.")] = False,
     device: Device = "cpu",

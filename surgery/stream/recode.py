@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from surgery.codecs.carry import carries, carry
 from surgery.codecs.codec import Codec
+from surgery.codecs.mxfp4 import Mxfp4Blocks
+from surgery.codecs.plain import Plain
 from surgery.stream.checkpoint import (
     ComputedRef,
     Decision,
@@ -17,6 +19,9 @@ from surgery.stream.checkpoint import (
     Sums,
     TensorRef,
 )
+from surgery.stream.files import StoredTensor
+from surgery.stream.header import tensor_nbytes
+from surgery.stream.mxfp4 import value_parts
 
 if TYPE_CHECKING:
     import numpy as np
@@ -58,3 +63,17 @@ def recode(ref: TensorRef, codec: Codec, parts: tuple[Part, ...]) -> TensorRef:
     if isinstance(ref, ComputedRef):
         return ref.with_form(codec, parts)
     return ComputedRef(ref, (ref,), Recode()).with_form(codec, parts)
+
+
+def stored_as(ref: TensorRef, codec: Codec) -> TensorRef:
+    """`ref` under its own name (and in its place of a fused tensor) in the form of `codec`."""
+    if isinstance(ref.codec, Mxfp4Blocks) and isinstance(codec, Plain) and ref.is_view:
+        return recode(ref, codec, value_parts(ref, codec.dtype))
+    parts = []
+    for spec in codec.parts(ref.shape):
+        first = ref.parts[0]
+        name = first.stored.name + spec.suffix if first.view is not None else spec.stored_name(ref.name)
+        shape = first.stored.shape if first.view is not None else spec.shape
+        stored = StoredTensor(name, spec.dtype, shape, tensor_nbytes(spec.dtype, shape))
+        parts.append(Part(spec.key, stored, first.view))
+    return recode(ref, codec, tuple(parts))

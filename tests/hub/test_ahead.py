@@ -36,8 +36,6 @@ def test_jobs_read_what_was_foreseen_and_nothing_else(
     client: Client, tmp_path: Path, name: str, weight: float
 ) -> None:
     """Nothing is asked for twice, and nothing beyond the planner's ranges, on every layout."""
-    if name == "gpt_oss_mxfp4" and weight != 1.0:
-        pytest.skip("MXFP4 is only copied")
     folders = {"a": MADE[name](tmp_path / "a", 1), "b": MADE[name](tmp_path / "b", 2)}
     for label, folder in folders.items():
         client.server.add(f"org/{label}", folder, label * 40)
