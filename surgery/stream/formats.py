@@ -24,7 +24,7 @@ from surgery.codecs.plain import Opaque, Plain
 from surgery.errors import PlanError, Table
 from surgery.stream.checkpoint import Checkpoint, ComputedRef, Event, StoredRef, TensorRef
 from surgery.stream.compressed_config import METHOD
-from surgery.stream.loading import loading_limits
+from surgery.stream.loading import loading_limits, packed_limits
 from surgery.stream.packed_configs import awq_config, bnb_config, gptq_config, mxfp4_config
 from surgery.stream.packed_formats import to_awq, to_bnb_nf4, to_gptq, to_gptq_v2, to_mxfp4
 from surgery.stream.quantization_configs import (
@@ -69,7 +69,7 @@ def apply_format(checkpoint: Checkpoint, form: Format) -> Checkpoint:
         config = in_bf16(checkpoint.config)
     else:
         config = {**checkpoint.config, "quantization_config": describe(checkpoint, tensors)}
-    limits = loading_limits(tensors) if form == METHOD else ()
+    limits = loading_limits(tensors) if form == METHOD else packed_limits(tensors)
     events = (*kept.events, *_rounded_scales(tensors), *limits)
     return kept.replace(tensors=tensors, config=config, events=events)
 

@@ -12,9 +12,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from surgery.codecs.awq import Awq
+from surgery.codecs.codec import Codec
 from surgery.codecs.gptq import Gptq
 from surgery.codecs.mxfp4 import Mxfp4Blocks
 from surgery.codecs.nf4 import Bnb4
+from surgery.codecs.plain import Opaque
 from surgery.codecs.schemes import IntScheme
 from surgery.errors import PlanError
 from surgery.stream.checkpoint import Checkpoint, TensorRef
@@ -117,6 +119,28 @@ def mxfp4_config(checkpoint: Checkpoint, tensors: Tensors) -> dict[str, Any]:
     if old.get("quant_method") == "mxfp4":
         return dict(old)
     return {"quant_method": "mxfp4", "modules_to_not_convert": list(GPT_OSS_KEPT)}
+
+
+METHODS: Mapping[str, type[Codec]] = {
+    "awq": Awq,
+    "bitsandbytes": Bnb4,
+    "gptq": Gptq,
+    "mxfp4": Mxfp4Blocks,
+}
+
+
+def packed_contradictions(quantization: Mapping[str, Any], tensors: Tensors) -> list[str]:
+    """What a quantization_config of these methods says of tensors that they are not. Files whose layout is
+    only copied say what they like."""
+    method = quantization.get("quant_method")
+    if any(isinstance(ref.codec, Opaque) and ref.codec.weights for ref in tensors.values()):
+        return []
+    wrong = []
+    for name, kind in METHODS.items():
+        count = sum(isinstance(ref.codec, kind) for ref in tensors.values())
+        if (name == method) != bool(count):
+            wrong.append(f"quantization_config says {name}: {name == method}, its tensors: {count}")
+    return wrong
 
 
 def _nothing(form: str) -> PlanError:

@@ -18,9 +18,10 @@ from packed_folders import integers, nf4
 from surgery.codecs.codec import IntCodec
 from surgery.codecs.nf4 import Bnb4, encode_nf4
 from surgery.codecs.schemes import IntScheme
-from surgery.errors import PlanError
+from surgery.errors import CheckpointError, PlanError
 from surgery.recipe.verify import verify
 from surgery.stream.checkpoint import Checkpoint, StoredRef
+from surgery.stream.packed_configs import packed_contradictions
 from surgery.stream.source import open_checkpoint
 
 
@@ -262,3 +263,59 @@ def test_double_quantized_weights_are_only_copied(tmp_path: Path) -> None:
             packed, _ = encode_nf4(want)
             assert isinstance(ref, StoredRef)
             assert ref.raw(ref.parts[0], 0, ref.rows).tobytes() == packed.numpy().tobytes()
+
+
+def test_what_loaders_cannot_read_is_told(tmp_path: Path) -> None:
+    def told(folder: Path, form: Any) -> list[tuple[int, str]]:
+        manifest = open_checkpoint(folder).save(tmp_path / f"{folder.name}-{form}", format=form).manifest
+        return [(len(e["tensors"]), e["message"]) for e in manifest["events"] if e["kind"] == "loading"]
+
+    dense, _ = integers(tmp_path / "dense", "gptq", IntScheme(4, 32, False))
+    assert not told(dense, "gptq-v2") and not told(dense, "awq")
+    ((count, text),) = told(dense, "gptq")
+    assert count == 14 and "gptq-v2" in text
+    experts, _ = integers(tmp_path / "moe", "gptq", IntScheme(4, 32), base=small_moe)
+    for form in ("gptq", "awq"):
+        ((count, text),) = told(experts, form)
+        assert count == 2 * 2 * 3 and "transformers cannot load" in text
+    ((count, text),) = told(small_moe(tmp_path / "plain", 1), "bnb-nf4")
+    assert count == 2 * 2 * 3 and "plugin" in text
+
+
+def small_moe(folder: Path, seed: int) -> Path:
+    return factories.qwen3_moe(folder, seed, experts=2)
+
+
+def test_scales_too_small_for_fp16_stop_the_run(tmp_path: Path) -> None:
+    folder, _ = integers(tmp_path / "m", "gptq", IntScheme(4, 32))
+    written(open_checkpoint(folder), tmp_path / "ct", "compressed-tensors")
+    tiny = change_shards(tmp_path / "ct", lambda tensors: {
+        n: t.bfloat16() * 1e-8 if n.endswith("weight_scale") else t for n, t in tensors.items()
+    })  # fmt: skip
+    with pytest.raises(CheckpointError, match="too small for fp16"):
+        open_checkpoint(tiny).save(tmp_path / "out", format="gptq")
+
+
+def test_mxfp4_means_what_transformers_makes_of_it(tmp_path: Path) -> None:
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    folder = factories.gpt_oss_mxfp4(tmp_path / "m", 3)
+    written(open_checkpoint(folder), tmp_path / "wide", "bf16")
+    packed, wide = oracle_tensors(folder), oracle_tensors(tmp_path / "wide")
+    names = [name.removesuffix("_blocks") for name in packed if name.endswith("_blocks")]
+    assert len(names) == 4
+    for name in names:
+        want = convert_moe_packed_tensors(packed[f"{name}_blocks"], packed[f"{name}_scales"])
+        assert torch.equal(wide[name], want)
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq", "bitsandbytes"])
+def test_verify_sees_a_config_that_says_something_else(tmp_path: Path, method: str) -> None:
+    folder, _ = integers(tmp_path / "m", "gptq", IntScheme(4, 32))
+    form: Any = {"gptq": "gptq-v2", "awq": "awq", "bitsandbytes": "bnb-nf4"}[method]
+    made = written(open_checkpoint(folder), tmp_path / "out", form)
+    values = {name: ref for name, ref in made.tensors.items() if ref.info.role == "norm"}
+    assert not packed_contradictions(made.quantization, made.tensors)
+    assert packed_contradictions({}, made.tensors) and packed_contradictions(made.quantization, values)
+    (only,) = packed_contradictions({"quant_method": "fp8"}, made.tensors)
+    assert f"says {method}: False, its tensors: 14" in only

@@ -202,6 +202,20 @@ def test_counts_from_forms_that_are_only_copied_cannot_be_taken(tmp_path: Path) 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["d.jsonl", "model"]
 
 
+def test_mxfp4_experts_score_as_their_values(tmp_path: Path) -> None:
+    """They fit bf16 exactly, so a copy in it gives the same sums, bit for bit."""
+    folder = factories.gpt_oss_mxfp4(tmp_path / "model", 2)
+    wide = surgery.open(folder).save(tmp_path / "wide", format="bf16").folder
+    found = []
+    for each in (folder, wide):
+        calibration = str(demos(tmp_path / "d.jsonl"))
+        manifest = prune(
+            each, tmp_path / f"{each.name}-out", "experts.easy_ep", keep=2, calibration=calibration
+        )
+        found.append((manifest["measurements"][-1], manifest["steps"][-1]["decision"]["layers"]))
+    assert found[0] == found[1]
+
+
 def test_experts_that_run_all_at_once_cannot_be_observed(tiny: Families, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="in one operation"):
         prune(
