@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from surgery.stream.checkpoint import ComputedRef, ReadContext, StoredRef, Sums, TensorRef
-from surgery.stream.recode import RoundedRef
+from surgery.stream.rounding import RoundedRef
 
 if TYPE_CHECKING:
     import numpy as np
