@@ -23,5 +23,5 @@ def test_not_takes_what_the_entry_leaves(parents: dict[str, Path], entry: str) -
 
 @pytest.mark.parametrize("entry", ["not:", "not:routed", "not:layers:3-1", "not:re:(", "not:not:"])
 def test_not_of_nothing_is_refused(entry: str) -> None:
-    with pytest.raises(ValueError, match="no role|empty|no regular"):
+    with pytest.raises(ValueError, match=r"no role|empty|no regular"):
         check_entry(entry)
