@@ -225,7 +225,9 @@ def test_outputs_load_verify_and_resume(tiny: Families, tmp_path: Path, data: st
     for name, tensor in stored.items():
         if name in before and "norm" in name:
             assert torch.equal(tensor, before[name]) != (name in changed)
-    assert distance(logits(out), logits(tiny(family))) < 0.1
+    wanted = logits(tiny(family))
+    off = (logits(out) - wanted).norm(dim=-1) / wanted.norm(dim=-1)
+    assert off.median() < 0.05, "but for the tokens that other experts are chosen for"
 
 
 def test_behind_another_step_of_the_same_walk(tiny: Families, tmp_path: Path, data: str) -> None:
