@@ -153,5 +153,5 @@ void combine(const Combine* job, int64_t first, int64_t last) {
 }  // namespace
 
 extern "C" {
-extern const Loops SURGERY_LOOPS = {decode, combine, SURGERY_SWEEP};
+extern const Loops SURGERY_LOOPS = {decode, combine, SURGERY_SWEEP, &SURGERY_PACKED};
 }

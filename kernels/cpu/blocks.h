@@ -1,5 +1,6 @@
 // The loops over one run of rows or blocks, compiled once for each instruction set.
 #pragma once
+#include "../core/packed.h"
 #include "../core/sweep.h"
 
 // Parents of a weighted sum and where it goes. Matrices are [rows, cols], row-major; scales and
@@ -18,10 +19,16 @@ struct Combine {
     int32_t ue8m0;
 };
 
+struct PackedLoops {
+    void (*stream)(const surgery::Stream*, int64_t, int64_t);
+    void (*nibbles)(const surgery::Nibbles*, int64_t, int64_t);
+};
+
 struct Loops {
     void (*decode)(const uint8_t*, const float*, void*, int32_t, int64_t, int64_t, int64_t);
     void (*combine)(const Combine*, int64_t, int64_t);
     void (*sweep)(const surgery::Sweep*, int64_t, int64_t);
+    const PackedLoops* packed;
 };
 
 // SURGERY_SET is the instruction set of a build of the loops: portable, avx2 or avx512.
@@ -30,7 +37,11 @@ struct Loops {
 #define SURGERY_NAME(name, set) SURGERY_JOIN(name, set)
 #define SURGERY_LOOPS SURGERY_NAME(surgery_loops, SURGERY_SET)
 #define SURGERY_SWEEP SURGERY_NAME(surgery_sweep, SURGERY_SET)
+#define SURGERY_PACKED SURGERY_NAME(surgery_packed, SURGERY_SET)
 extern "C" void SURGERY_SWEEP(const surgery::Sweep*, int64_t, int64_t);
+extern "C" {
+extern const PackedLoops SURGERY_PACKED;
+}
 #endif
 
 extern "C" {

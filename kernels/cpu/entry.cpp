@@ -68,4 +68,17 @@ int32_t surgery_cpu_sweep(const Loops* chosen, const surgery::Sweep* job, int32_
     return 0;
 }
 
+int32_t surgery_cpu_stream(const Loops* chosen, const surgery::Stream* job, int32_t threads) {
+    const Loops& use = chosen ? *chosen : loops();
+    share(job->rows, threads, [&use, job](int64_t first, int64_t last) { use.packed->stream(job, first, last); });
+    return 0;
+}
+
+int32_t surgery_cpu_nibbles(const Loops* chosen, const surgery::Nibbles* job, int32_t threads) {
+    const Loops& use = chosen ? *chosen : loops();
+    const int64_t blocks = (job->count + job->block - 1) / job->block;
+    share(blocks, threads, [&use, job](int64_t first, int64_t last) { use.packed->nibbles(job, first, last); });
+    return 0;
+}
+
 }

@@ -8,6 +8,7 @@
 
 #include "../core/e4m3.h"
 #include "../cpu/blocks.h"
+#include "store.cuh"
 
 using namespace surgery;
 
@@ -47,16 +48,6 @@ __device__ __forceinline__ uint32_t pack4(const float* from) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) word |= (uint32_t)float_to_e4m3(from[i]) << 8 * i;
     return word;
-#endif
-}
-
-__device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
-#if __CUDA_ARCH__ >= 800
-    uint32_t word;
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
-    return word;
-#else
-    return (uint32_t)float_to_bf16(low) | (uint32_t)float_to_bf16(high) << 16;
 #endif
 }
 

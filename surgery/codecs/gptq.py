@@ -71,7 +71,15 @@ class Gptq:
     def decode(
         self, shape: tuple[int, ...], start: int, stop: int, raw: Mapping[str, np.ndarray[Any, Any]]
     ) -> torch.Tensor:
-        codes, scales, zeros, group = self._unpacked(shape, raw)
+        import torch
+
+        from surgery.codecs import bitstream
+        from surgery.codecs.packed_ops import decode_stream
+
+        words, scales, zeros, group = self._stored(shape, raw)
+        if torch.equal(group, _runs(shape[1], scales.shape[1])):
+            return decode_stream(words, self.scheme.bits, shape[1], scales, zeros)
+        codes = bitstream.unpack(words, self.scheme.bits, shape[1])
         return (codes.float() - zeros.float()[:, group]).mul_(scales[:, group])
 
     def quantized(self, shape: tuple[int, ...], raw: Mapping[str, np.ndarray[Any, Any]]) -> Quantized:
@@ -79,9 +87,10 @@ class Gptq:
         to be."""
         import torch
 
+        from surgery.codecs import bitstream
         from surgery.codecs.grid import Quantized
 
-        codes, scales, zeros, group = self._unpacked(shape, raw)
+        words, scales, zeros, group = self._stored(shape, raw)
         if not torch.equal(group, _runs(shape[1], scales.shape[1])):
             raise CheckpointError(
                 f"a GPTQ tensor of shape {list(shape)} is in act-order: its groups are no runs of "
@@ -94,7 +103,7 @@ class Gptq:
                 "the config says sym: true",
                 hint="set sym to false in its quantization_config",
             )
-        return Quantized(codes, scales, zeros)
+        return Quantized(bitstream.unpack(words, self.scheme.bits, shape[1]), scales, zeros)
 
     def pack(self, quantized: Quantized) -> dict[str, np.ndarray[Any, Any]]:
         import torch
@@ -152,17 +161,16 @@ class Gptq:
             )
         return self.scheme.groups(shape[1])
 
-    def _unpacked(
+    def _stored(
         self, shape: tuple[int, ...], raw: Mapping[str, np.ndarray[Any, Any]]
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Codes [rows, cols], scales and zero points [rows, groups], and the group of each column."""
+        """Words [rows, cols · b / 32], scales and zero points [rows, groups], and each column's group."""
         import torch
 
         from surgery.codecs import bitstream
 
         (rows, cols), groups, bits = shape, self._groups(shape), self.scheme.bits
         words = torch.from_numpy(raw["qweight"]).view(torch.int32).view(cols * bits // WORD, rows)
-        codes = bitstream.unpack(words.T.contiguous(), bits, cols)
         stored = torch.from_numpy(raw["qzeros"]).view(torch.int32).view(groups, rows * bits // WORD)
         if self.version == 1 and bits != 3:
             stored = stored + _ONES[bits]
@@ -176,7 +184,7 @@ class Gptq:
                 f"g_idx of a GPTQ tensor of shape {list(shape)} names groups outside 0 … {groups - 1}",
                 hint="the checkpoint is damaged; fetch it again",
             )
-        return codes, scales.T.float().contiguous(), zeros.T.contiguous(), group
+        return words.T.contiguous(), scales.T.float().contiguous(), zeros.T.contiguous(), group
 
 
 def _runs(cols: int, groups: int) -> torch.Tensor:

@@ -41,13 +41,11 @@ MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 """What codes 0 to 7 stand for; 8 to 15 are their negatives."""
 
 
-def e2m1_pairs() -> torch.Tensor:
-    """The two values in each byte: float32 [256, 2]."""
+def e2m1_values() -> torch.Tensor:
+    """What the codes 0 to 15 stand for: float32 [16]."""
     import torch
 
-    values = torch.tensor([*MAGNITUDES, *(-each for each in MAGNITUDES)])
-    codes = torch.arange(256)
-    return torch.stack((values[codes & 15], values[codes >> 4]), dim=1)
+    return torch.tensor([*MAGNITUDES, *(-each for each in MAGNITUDES)])
 
 
 def e2m1_codes(values: torch.Tensor) -> torch.Tensor:
@@ -73,12 +71,15 @@ def e8m0_values(exponents: torch.Tensor) -> torch.Tensor:
 
 def decode_mxfp4(nibbles: torch.Tensor, exponents: torch.Tensor) -> torch.Tensor:
     """float32 [rows, cols] of uint8 nibbles [rows, cols/2] and uint8 exponents [rows, cols/32]."""
-    import torch
+    from surgery.codecs.packed_ops import decode_nibbles
 
     rows, groups = exponents.shape
-    pairs = e2m1_pairs().to(nibbles.device)
-    values = pairs.index_select(0, nibbles.reshape(-1).to(torch.int32)).view(rows, groups, GROUP)
-    return values.mul_(e8m0_values(exponents)[..., None]).view(rows, groups * GROUP)
+    levels, scales = e2m1_values().to(nibbles.device), e8m0_values(exponents)
+    count = rows * groups * GROUP
+    values = decode_nibbles(
+        nibbles.reshape(-1), levels, scales.reshape(-1), count, block=GROUP, high_first=False
+    )
+    return values.view(rows, groups * GROUP)
 
 
 def encode_mxfp4(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

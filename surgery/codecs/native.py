@@ -75,6 +75,44 @@ class Sweep(ctypes.Structure):
     )
 
 
+class Stream(ctypes.Structure):
+    """struct Stream of kernels/core/packed.h."""
+
+    _fields_ = (
+        ("words", ctypes.c_void_p),
+        ("scales", ctypes.c_void_p),
+        ("zeros", ctypes.c_void_p),
+        ("out", ctypes.c_void_p),
+        ("rows", ctypes.c_int64),
+        ("cols", ctypes.c_int64),
+        ("row_words", ctypes.c_int64),
+        ("groups", ctypes.c_int64),
+        ("width", ctypes.c_int64),
+        ("kind", ctypes.c_int32),
+        ("bits", ctypes.c_int32),
+        ("zero", ctypes.c_int32),
+    )
+
+
+class Nibbles(ctypes.Structure):
+    """struct Nibbles of kernels/core/packed.h."""
+
+    _fields_ = (
+        ("bytes", ctypes.c_void_p),
+        ("scales", ctypes.c_void_p),
+        ("levels", ctypes.c_void_p),
+        ("out", ctypes.c_void_p),
+        ("count", ctypes.c_int64),
+        ("block", ctypes.c_int64),
+        ("kind", ctypes.c_int32),
+        ("high_first", ctypes.c_int32),
+    )
+
+
+JOBS = {"combine": Combine, "sweep": Sweep, "stream": Stream, "nibbles": Nibbles}
+"""Operations that take one structure."""
+
+
 @dataclass(frozen=True)
 class Native:
     """A loaded library (None where there is none) and what to tell about it."""
@@ -125,8 +163,8 @@ def _load_cpu() -> Native:
         return Native(None, "reference", f"no CPU kernels: {error}")
     pointer, i32, i64 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
     library.surgery_cpu_decode.argtypes = (pointer, pointer, pointer, pointer, i32, i64, i64, i32)
-    library.surgery_cpu_combine.argtypes = (pointer, ctypes.POINTER(Combine), i32)
-    library.surgery_cpu_sweep.argtypes = (pointer, ctypes.POINTER(Sweep), i32)
+    for operation, job in JOBS.items():
+        getattr(library, f"surgery_cpu_{operation}").argtypes = (pointer, ctypes.POINTER(job), i32)
     library.surgery_cpu_isa.restype = ctypes.c_char_p
     return Native(library, f"cpu {library.surgery_cpu_isa().decode()}", compiler=compiler)
 
@@ -141,8 +179,8 @@ def _load_cuda(capability: tuple[int, int]) -> Native:
         return Native(None, "reference", f"no CUDA kernels: {error}")
     pointer, i32, i64 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
     library.surgery_cuda_decode.argtypes = (pointer, pointer, pointer, i32, i64, i64, pointer)
-    library.surgery_cuda_combine.argtypes = (ctypes.POINTER(Combine), pointer)
-    library.surgery_cuda_sweep.argtypes = (ctypes.POINTER(Sweep), pointer)
+    for operation, job in JOBS.items():
+        getattr(library, f"surgery_cuda_{operation}").argtypes = (ctypes.POINTER(job), pointer)
     library.surgery_cuda_error.argtypes = (i32,)
     library.surgery_cuda_error.restype = ctypes.c_char_p
     return Native(library, f"cuda sm_{name}", compiler=compiler)

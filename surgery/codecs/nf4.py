@@ -119,16 +119,17 @@ class Bnb4:
     ) -> torch.Tensor:
         import torch
 
+        from surgery.codecs.packed_ops import decode_nibbles
+
         cols = matrix_shape(shape)[1]
-        count = (stop - start) * cols
-        levels = torch.from_numpy(raw["quant_map"]).view(torch.float32)
-        codes = torch.arange(256)
-        pairs = torch.stack((levels[codes >> 4], levels[codes & 15]), dim=1)
-        values = pairs.index_select(0, torch.from_numpy(raw["weight"]).to(torch.int32)).view(-1)[:count]
-        scales = self._absmax(raw, start * cols // self.blocksize)
-        whole = count // self.blocksize
-        values[: whole * self.blocksize].view(whole, self.blocksize).mul_(scales[:whole, None])
-        values[whole * self.blocksize :].mul_(scales[whole:])
+        values = decode_nibbles(
+            torch.from_numpy(raw["weight"]),
+            torch.from_numpy(raw["quant_map"]).view(torch.float32),
+            self._absmax(raw, start * cols // self.blocksize),
+            (stop - start) * cols,
+            block=self.blocksize,
+            high_first=True,
+        )
         return values if len(shape) < 2 else values.view(stop - start, cols)
 
     def _absmax(self, raw: Mapping[str, np.ndarray[Any, Any]], first: int) -> torch.Tensor:

@@ -6,7 +6,7 @@
     X.weight_shape        int64 [2]                          rows and columns
 
 A code is the signed integer of compressed-tensors plus 2^(b−1), in weights and in zero points alike, which is
-what `grid` calls a code. `padded` is the packing before version 0.17, ⌊32/b⌋ codes a word; zero points of it
+what `grid` calls a code. `padded` is the packing before version 0.18, ⌊32/b⌋ codes a word; zero points of it
 cannot be cut at rows that tiles begin at.
 """
 
@@ -91,23 +91,39 @@ class PackedInt:
     ) -> torch.Tensor:
         if start == 0:
             check_shape(shape, raw["shape"])
-        return self.quantized((stop - start, shape[1]), raw).values()
+        if self.padded:
+            return self.quantized((stop - start, shape[1]), raw).values()
+        from surgery.codecs.packed_ops import decode_stream
+
+        words, scales, zeros = self._stored((stop - start, shape[1]), raw)
+        return decode_stream(words, self.scheme.bits, shape[1], scales, zeros)
 
     def quantized(self, shape: tuple[int, ...], raw: Mapping[str, np.ndarray[Any, Any]]) -> Quantized:
         import torch
 
         from surgery.codecs.grid import Quantized
 
+        words, scales, zeros = self._stored(shape, raw)
+        codes = unpack(words, self.scheme.bits, shape[1], padded=self.padded)
+        if isinstance(zeros, int):
+            zeros = torch.full_like(scales, zeros, dtype=torch.uint8)
+        return Quantized(codes, scales, zeros)
+
+    def _stored(
+        self, shape: tuple[int, ...], raw: Mapping[str, np.ndarray[Any, Any]]
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | int]:
+        """Words, scales, and zero points (one for all where they are not stored)."""
+        import torch
+
         rows, cols = shape
         groups = self.scheme.groups(cols)
         words = torch.from_numpy(raw["packed"]).view(torch.int32).view(rows, self.words(cols))
-        codes = unpack(words, self.scheme.bits, cols, padded=self.padded)
         scales = float_values(self.scale_dtype, raw["scale"]).view(rows, groups)
         if self.scheme.symmetric:
-            return Quantized(codes, scales, torch.full_like(scales, self.scheme.middle, dtype=torch.uint8))
-        words = torch.from_numpy(raw["zero"]).view(torch.int32).view(self.words(rows), groups)
-        zeros = unpack(words.T.contiguous(), self.scheme.bits, rows, padded=self.padded)
-        return Quantized(codes, scales, zeros.T.contiguous())
+            return words, scales, self.scheme.middle
+        packed = torch.from_numpy(raw["zero"]).view(torch.int32).view(self.words(rows), groups)
+        zeros = unpack(packed.T.contiguous(), self.scheme.bits, rows, padded=self.padded)
+        return words, scales, zeros.T.contiguous()
 
     def encode(self, tile: torch.Tensor) -> dict[str, np.ndarray[Any, Any]]:
         import torch
