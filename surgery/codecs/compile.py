@@ -108,7 +108,7 @@ def _workspace() -> tempfile.TemporaryDirectory[str]:
 def _place(kind: str, compiler: str, flags: Sequence[str]) -> Path:
     digest = hashlib.sha256()
     folder = kernel_folder()
-    for path in sorted(p for sub in ("core", kind) for p in (folder / sub).iterdir()):
+    for path in sorted(p for sub in {"core", "cpu", kind} for p in (folder / sub).iterdir()):
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     digest.update("\0".join((*flags, compiler_version(compiler), platform.machine())).encode())
     try:
