@@ -24,6 +24,7 @@ from surgery.operators.protocol import PREVIOUS, RunContext
 from surgery.operators.quantize.awq import AWQ, Scaling
 from surgery.recipe.verify import verify
 from surgery.recipe.walks import walk_folder
+from surgery.report.matrices import in_words
 from surgery.stream.checkpoint import Checkpoint, TensorRef
 
 PARAMS: dict[str, Any] = {"bits": 3, "group_size": 16, "min_tokens": 4}
@@ -142,6 +143,8 @@ def test_what_cannot_be_scaled_is_said(tiny: Families, data: str) -> None:
         "its norm feeds the router and all experts"
     }
     assert {row["unscaled"] for name, row in rows.items() if "o_proj" in name} == {"its heads share values"}
+    words = " ".join(in_words(AWQ.op, list(rows.values())))
+    assert "24 could not be: its norm feeds the router" in words and "2 could not be: its heads" in words
     kept = {**PARAMS, "schemes": {"re:k_proj": "keep", "re:up_proj": "int4-g16"}}
     partly = applied(AWQ.model_validate({"calibration": data, **kept}), tiny("llama"))
     names = {last(name) for event in partly.events for name in event.tensors}
