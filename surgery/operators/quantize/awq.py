@@ -261,18 +261,20 @@ class AWQ(Precision, MatrixOperator):
         return frozenset().union(*(each.beside for each in self._folds(checkpoint).values()))
 
     def solve(self, problem: Problem) -> Solved:
-        weights, scheme = problem.weights, int_scheme_of(problem)
-        scale_dtype = getattr(torch, self.scale_dtype)
+        weights = problem.weights
         if self.clip:
             limits = clip_limits(
-                weights, problem.known_gram, scheme, scale_dtype=scale_dtype, max_shrink=self.max_shrink
-            )
+                weights, problem.known_gram, int_scheme_of(problem),
+                scale_dtype=getattr(torch, self.scale_dtype), max_shrink=self.max_shrink,
+            )  # fmt: skip
             weights = clip(weights, limits)
-        found = rtn(weights, scheme, scale_dtype=scale_dtype)
-        return Solved(found.values(), found)
+        return self._nearest(problem, weights)
 
     def fall_back(self, problem: Problem) -> Solved:
-        found = rtn(problem.weights, int_scheme_of(problem), scale_dtype=getattr(torch, self.scale_dtype))
+        return self._nearest(problem, problem.weights)
+
+    def _nearest(self, problem: Problem, weights: torch.Tensor) -> Solved:
+        found = rtn(weights, int_scheme_of(problem), scale_dtype=getattr(torch, self.scale_dtype))
         return Solved(found.values(), found)
 
     def events_of(self, rows: Sequence[Mapping[str, Any]]) -> tuple[Event, ...]:
