@@ -34,6 +34,9 @@ SETS = {
         "-mprefer-vector-width=512",
     ),
 }
+LOOPS = {"blocks": "loops", "merge": "merge"}
+"""Sources built once for each instruction set, and what their tables are called."""
+ENTRIES = ("entry", "merge_entry")
 TIMEOUT_S = 600
 
 
@@ -71,10 +74,13 @@ def cpu_library() -> Path:
     with _workspace() as scratch:
         work = Path(scratch)
         for name in sets:
-            define = f"-DSURGERY_LOOPS=surgery_loops_{name}"
-            unit = (str(source / "blocks.cpp"), "-o", str(work / f"{name}.o"))
-            _run((compiler, *CXX_FLAGS, *SETS[name], define, "-c", *unit))
-        _run((compiler, *CXX_FLAGS, "-c", str(source / "entry.cpp"), "-o", str(work / "entry.o")))
+            for unit, table in LOOPS.items():
+                define = f"-DSURGERY_{table.upper()}=surgery_{table}_{name}"
+                files = (str(source / f"{unit}.cpp"), "-o", str(work / f"{unit}-{name}.o"))
+                _run((compiler, *CXX_FLAGS, *SETS[name], define, "-c", *files))
+        for unit in ENTRIES:
+            files = (str(source / f"{unit}.cpp"), "-o", str(work / f"{unit}.o"))
+            _run((compiler, *CXX_FLAGS, "-c", *files))
         objects = [str(path) for path in sorted(work.glob("*.o"))]
         _run((compiler, "-shared", "-pthread", *objects, "-o", str(work / target.name)))
         (work / target.name).replace(target)

@@ -95,16 +95,13 @@ def assemble(
     With `squares`, also ‖p₀‖², ‖p₀ − p₁‖², … by block: float64 [blocks, parents].
     """
     first = parents[0].values
-    for parent in parents:
-        _check(parent, first)
+    check(parents)
     found = library_for(first)
     if not any(weights):
         raise ValueError("every weight is 0")
     if found.library is None or not first.numel():
         return _assemble_by_reference(parents, weights, dtype, squares, ue8m0)
-    shape, device = scale_shape(first.shape), first.device
-    scales = torch.empty(shape, dtype=torch.float32, device=device) if dtype == torch.uint8 else None
-    out = Operand(torch.empty(first.shape, dtype=dtype, device=device), scales)
+    out = empty_result(first, dtype)
     sums = _empty_sums(first, len(parents)) if squares else None
     _combine(found, parents, weights, out, sums, ue8m0)
     return out, sums
@@ -137,17 +134,17 @@ def _empty_sums(like: torch.Tensor, count: int) -> torch.Tensor:
     return torch.empty((down * across, count), dtype=torch.float64, device=like.device)
 
 
-def _combine(
-    found: native.Native,
+def combine_job(
     parents: Sequence[Operand],
     weights: Sequence[float],
     out: Operand | None,
     sums: torch.Tensor | None,
     ue8m0: bool,
-) -> None:
+) -> native.Combine:
+    """The C struct of a weighted sum; what it points to must outlive it."""
     count = len(parents)
     first = parents[0].values
-    job = native.Combine(
+    return native.Combine(
         parents=(ctypes.c_void_p * count)(*(each.values.data_ptr() for each in parents)),
         kinds=(ctypes.c_int32 * count)(*(_KINDS[each.values.dtype] for each in parents)),
         scales=(ctypes.c_void_p * count)(*(_place(each.scales) for each in parents)),
@@ -161,6 +158,18 @@ def _combine(
         cols=first.shape[1],
         ue8m0=int(ue8m0),
     )
+
+
+def _combine(
+    found: native.Native,
+    parents: Sequence[Operand],
+    weights: Sequence[float],
+    out: Operand | None,
+    sums: torch.Tensor | None,
+    ue8m0: bool,
+) -> None:
+    first = parents[0].values
+    job = combine_job(parents, weights, out, sums, ue8m0)
     if first.device.type == "cuda":
         with torch.cuda.device(first.device):
             stream = torch.cuda.current_stream().cuda_stream
@@ -171,6 +180,19 @@ def _combine(
 
 def _place(tensor: torch.Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
+
+
+def empty_result(like: torch.Tensor, dtype: torch.dtype) -> Operand:
+    """Room for a result of the shape and on the device of `like`."""
+    shape, device = scale_shape(like.shape), like.device
+    scales = torch.empty(shape, dtype=torch.float32, device=device) if dtype == torch.uint8 else None
+    return Operand(torch.empty(like.shape, dtype=dtype, device=device), scales)
+
+
+def check(parents: Sequence[Operand]) -> None:
+    """Refuse parents that a kernel cannot take together. Raises UsageError."""
+    for parent in parents:
+        _check(parent, parents[0].values)
 
 
 def _check(operand: Operand, first: torch.Tensor) -> None:

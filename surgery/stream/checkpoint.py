@@ -20,6 +20,7 @@ from surgery.stream.buffers import ThreadBuffers
 from surgery.stream.files import Source, StoredTensor
 from surgery.stream.layouts import View
 from surgery.stream.roles import Architecture, TensorInfo
+from surgery.stream.team import Team
 
 if TYPE_CHECKING:
     import numpy as np
@@ -64,6 +65,8 @@ class ReadContext:
     batch: Lock = field(default_factory=Lock)
     """Held by the one thread that computes a batch of small tensors: two would only pass the
     interpreter's lock to and fro."""
+    team: Team | None = None
+    """While a kernel decides: who helps."""
 
 
 class TensorRef:
@@ -181,9 +184,10 @@ class StoredRef(TensorRef):
         return part
 
     def raw(
-        self, part: Part, start: int, stop: int, context: ReadContext | None = None
+        self, part: Part, start: int, stop: int, context: ReadContext | None = None, slot: int | None = None
     ) -> np.ndarray[Any, Any]:
-        """The stored bytes (uint8) of one part that belong to rows start..stop."""
+        """The stored bytes (uint8) of one part that belong to rows start..stop; with `slot` in that buffer
+        of the context's."""
         import numpy as np
 
         part = self.place(part)
@@ -197,7 +201,10 @@ class StoredRef(TensorRef):
             if ahead is not None and stop - start == self.rows:
                 return ahead
             first, last = self._span(part, start, stop)
-            buffer = np.empty(last - first, np.uint8)
+            if context is None or slot is None:
+                buffer = np.empty(last - first, np.uint8)
+            else:
+                buffer = context.buffers.take(last - first, slot)
             stored.file.read_into(buffer, stored.offset + first)
             return buffer
         slab_nbytes = stored.nbytes // stored.shape[0]
@@ -268,7 +275,7 @@ class Kernel(Protocol):
 class ComputedRef(TensorRef):
     """A tensor to be computed from the same rows of its inputs and stored in the form of `parts`."""
 
-    __slots__ = ("_decision", "_lock", "inputs", "kernel")
+    __slots__ = ("_decision", "_lock", "_team", "inputs", "kernel")
 
     def __init__(self, like: TensorRef, inputs: tuple[TensorRef, ...], kernel: Kernel) -> None:
         super().__init__(like.name, like.shape, like.info, like.codec, like.parts)
@@ -276,6 +283,7 @@ class ComputedRef(TensorRef):
         self.kernel = kernel
         self._decision: Decision | None = None
         self._lock = Lock()
+        self._team: Team | None = None
 
     def with_form(self, codec: Codec, parts: tuple[Part, ...]) -> ComputedRef:
         """The same arithmetic, stored otherwise."""
@@ -284,11 +292,23 @@ class ComputedRef(TensorRef):
         return other
 
     def decision(self, context: ReadContext) -> Decision:
-        """Made once, by whichever thread comes first."""
-        with self._lock:
-            if self._decision is None:
-                self._decision = self.kernel.decide(self.inputs, context)
-            return self._decision
+        """Made once, by whichever thread comes first; those that come meanwhile help."""
+        while (made := self._decision) is None:
+            team = self._team
+            if team is not None:
+                team.help()
+            with self._lock:
+                if self._decision is None:
+                    self._decision = self._decide(context)
+        return made
+
+    def _decide(self, context: ReadContext) -> Decision:
+        self._team = Team()
+        try:
+            return self.kernel.decide(self.inputs, replace(context, team=self._team))
+        finally:
+            self._team.close()
+            self._team = None
 
     def pull(self, start: int, stop: int, context: ReadContext) -> torch.Tensor:
         choice = self.decision(context).copy
@@ -311,32 +331,6 @@ class ComputedRef(TensorRef):
 
     def lineage(self) -> dict[str, Any]:
         return {**self.kernel.lineage(), "inputs": [each.lineage() for each in self.inputs]}
-
-
-@dataclass(frozen=True)
-class Recode:
-    """The kernel of a change of stored form: values pass through."""
-
-    def decide(self, inputs: Sequence[TensorRef], context: ReadContext) -> Decision:
-        return Decision()
-
-    def combine(self, tiles: Sequence[torch.Tensor]) -> tuple[torch.Tensor, Sums]:
-        return tiles[0], ()
-
-    def metrics(self, sums: Sums, numel: int) -> dict[str, Any]:
-        return {}
-
-    def lineage(self) -> dict[str, Any]:
-        return {"op": "recode"}
-
-
-def recode(ref: TensorRef, codec: Codec, parts: tuple[Part, ...]) -> TensorRef:
-    """`ref` stored in another form; refs that already have it come back unchanged."""
-    if ref.codec == codec and ref.parts == parts:
-        return ref
-    if isinstance(ref, ComputedRef):
-        return ref.with_form(codec, parts)
-    return ComputedRef(ref, (ref,), Recode()).with_form(codec, parts)
 
 
 class Probe(Protocol):

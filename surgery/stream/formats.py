@@ -14,9 +14,10 @@ from surgery.codecs.codec import Codec
 from surgery.codecs.fp8_block import BLOCK, Fp8Block
 from surgery.codecs.plain import Opaque, Plain
 from surgery.errors import PlanError, Table
-from surgery.stream.checkpoint import Checkpoint, Part, TensorRef, recode
+from surgery.stream.checkpoint import Checkpoint, Part, TensorRef
 from surgery.stream.files import StoredTensor
 from surgery.stream.header import tensor_nbytes
+from surgery.stream.recode import recode
 
 Format = Literal["source", "bf16", "fp8-block"]
 FP8_ROLES = frozenset({"routed_expert", "shared_expert", "attention", "dense_mlp"})

@@ -18,8 +18,9 @@ from transformers.utils import logging
 from surgery.codecs.plain import Plain
 from surgery.errors import CheckpointError, UsageError
 from surgery.evaluate.load import load_model, unplaced_keys
-from surgery.stream.checkpoint import Checkpoint, Part, recode
+from surgery.stream.checkpoint import Checkpoint, Part
 from surgery.stream.files import StoredTensor
+from surgery.stream.recode import recode
 from surgery.stream.source import open_checkpoint
 
 IDS = torch.randint(6, 260, (3, 17), generator=torch.Generator().manual_seed(0))

@@ -21,8 +21,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
-from surgery.codecs.fp8_block import Fp8Block
-from surgery.codecs.operands import fusable, operand, result_dtype, stored
 from surgery.errors import RecipeError
 from surgery.operators.merge.compatible import (
     check_decodable,
@@ -49,11 +47,11 @@ from surgery.stream.checkpoint import (
     Event,
     Probe,
     ReadContext,
-    StoredRef,
     Sums,
     TensorRef,
-    recode,
 )
+from surgery.stream.fused import form_of, operands, parts_of
+from surgery.stream.recode import recode
 from surgery.stream.select import matcher
 
 if TYPE_CHECKING:
@@ -99,23 +97,17 @@ class Assembly:
         return weighted_sum(tiles, self.weights), sums
 
     def fuse(
-        self, inputs: Sequence[StoredRef], target: ComputedRef, start: int, stop: int, context: ReadContext
+        self, inputs: Sequence[TensorRef], target: ComputedRef, start: int, stop: int, context: ReadContext
     ) -> tuple[dict[str, np.ndarray[Any, Any]], Sums] | None:
-        """By the native kernels, where there are any and they read and write these forms."""
-        if len(target.shape) < 2 or not all(fusable(ref.codec) for ref in (target, *inputs)):
-            return None
-        from surgery.codecs import native, ops
+        """By the native kernels, where there are any."""
+        from surgery.codecs import merges, ops
 
-        if native.cpu().library is None:
+        parents = operands(inputs, start, stop, context)
+        if not merges.available(parents):
             return None
-        operands = []
-        for ref in inputs:
-            raw = {part.key: ref.raw(part, start, stop, context) for part in ref.parts}
-            ref.check_finite(raw, context)
-            operands.append(operand(ref.codec, ref.shape, start, stop, raw))
-        dtype, ue8m0 = result_dtype(target.codec), isinstance(target.codec, Fp8Block) and target.codec.ue8m0
-        result, sums = ops.assemble(operands, self.weights, dtype, squares=self.threshold == 0, ue8m0=ue8m0)
-        return stored(target.codec, result), () if sums is None else totals(sums)
+        dtype, ue8m0 = form_of(target)
+        result, sums = ops.assemble(parents, self.weights, dtype, squares=self.threshold == 0, ue8m0=ue8m0)
+        return parts_of(target, result), () if sums is None else totals(sums)
 
     def metrics(self, sums: Sums, numel: int) -> dict[str, Any]:
         return {"weights": numel, "distance": as_json(distances(sums, numel, self.labels))}

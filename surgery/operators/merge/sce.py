@@ -42,15 +42,12 @@ class SelectCalculateErase(MethodKernel):
             for round_ in range(ROUNDS):
                 if round_:
                     selector.next_round()
-                for tiles in whole:
-                    selector.feed(_variance(_deltas(tiles)))
+                whole.map(lambda tile: selector.feed(_variance(_deltas(tile.values()))))
             (self._smallest,) = selector.values()
         elif count:
             self._smallest = 0.0
-        squares = [0.0] * (len(self.labels) - 1)
-        for tiles in whole:
-            for i, delta in enumerate(self._selected(tiles)):
-                squares[i] += product_sum(delta, delta)
+        squares = whole.sum(lambda tile: [product_sum(d, d) for d in self._selected(tile.values())])
+        squares = squares or [0.0] * (len(self.labels) - 1)
         total = sum(squares)
         self._weights = [each / total if total else 0.0 for each in squares]
 
