@@ -32,6 +32,10 @@ if TYPE_CHECKING:
 
 
 class Fusion(MethodKernel):
+    @property
+    def temporaries(self) -> float:
+        return 6
+
     def __init__(self, op: str, labels: Sequence[str]) -> None:
         super().__init__(op, labels, based=True)
         self._threshold = 0.0

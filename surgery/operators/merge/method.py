@@ -107,6 +107,11 @@ class MethodKernel:
         self.based = based
         self.equal_copies = equal_copies
 
+    @property
+    def temporaries(self) -> float:
+        """float32 tiles beside the inputs that `merge` or `measure` holds at once by torch."""
+        return len(self.labels) + 2
+
     def decide(self, inputs: Sequence[TensorRef], context: ReadContext) -> Decision:
         if self.equal_copies and equal_bytes(inputs[: len(self.labels)], context):
             return Decision(0, "parents are equal", {"weights": inputs[0].numel})

@@ -28,6 +28,11 @@ if TYPE_CHECKING:
 
 
 class SelectCalculateErase(MethodKernel):
+    @property
+    def temporaries(self) -> float:
+        """Differences thrice, as they stand, for their variance and weighted; products may be float64."""
+        return 3 * len(self.labels) + 6
+
     def __init__(self, op: str, labels: Sequence[str], topk: float) -> None:
         super().__init__(op, labels, based=True)
         self._topk = topk

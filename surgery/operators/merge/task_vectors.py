@@ -40,6 +40,8 @@ class Thinning:
     asks for."""
 
     random: bool = False
+    temporaries: ClassVar[float] = 1
+    """float32 tiles that `thin` holds beside its input and its result."""
 
     def ranks(self, numel: int) -> tuple[int, ...]:
         return ()
@@ -103,6 +105,12 @@ class TaskVectorKernel(MethodKernel):
         self._l1 = l1
         self._factors = [1.0] * len(weights)
         self._at_ranks: list[tuple[float, ...]] = [()] * len(weights)
+
+    @property
+    def temporaries(self) -> float:
+        """Differences, what stays of them and terms of all models, and the election's; or thinning's."""
+        models, thinning = len(self._weights), max(each.temporaries for each in self._thinnings)
+        return max(3 * models + 5, 2 * models + thinning)
 
     def measure(self, whole: Whole) -> None:
         self._select(whole)
