@@ -31,6 +31,7 @@ from surgery.stream.remote import remote_files, traffic
 from surgery.stream.source import collector_paused
 from surgery.stream.survey import Survey, check_disk, check_memory, survey
 from surgery.stream.targets import Shard
+from surgery.stream.task_vectors import norm_rows
 from surgery.stream.writer import disk_error
 
 INDEX = "model.safetensors.index.json"
@@ -224,8 +225,8 @@ def _write(
         remote=remote,
         ahead_bytes=ahead_bytes(options.memory_bytes, plan.peak_bytes) if remote else 0,
     ).run([shard for shard in plan.shards if shard.name not in kept])  # fmt: skip
-    measurements = [probe.measure() for probe in checkpoint.probes]
     outcomes = {name: each for entry in finished.values() for name, each in entry["tensors"].items()}
+    measurements = [*norm_rows(checkpoint.tensors, outcomes), *(p.measure() for p in checkpoint.probes)]
     weights = {
         shard.name: {"bytes": shard.nbytes, "sha256": finished[shard.name]["sha256"]} for shard in plan.shards
     }

@@ -114,7 +114,9 @@ class MethodKernel:
 
     def decide(self, inputs: Sequence[TensorRef], context: ReadContext) -> Decision:
         if self.equal_copies and equal_bytes(inputs[: len(self.labels)], context):
-            return Decision(0, "parents are equal", {"weights": inputs[0].numel})
+            nothing = (0.0,) * len(self.labels)
+            metrics = self.metrics(nothing, inputs[0].numel) if self.based else {"weights": inputs[0].numel}
+            return Decision(0, "parents are equal", metrics)
         self.measure(Whole(inputs, context))
         return Decision()
 
