@@ -1,6 +1,6 @@
 """Merge methods against mergekit in the same run: time and peak memory of each program, medians.
 
-    python benchmarks/methods.py --mergekit PATH/TO/mergekit-yaml [--gb 2.94] [--repeat 3] [--work DIR] [CASE …]
+    python benchmarks/methods.py --mergekit MERGEKIT-YAML [--gb 2.94] [--repeat 3] [--work FOLDER] [CASE …]
 
 A base and two bf16 Llama-shaped models of random weights; both programs read one mergekit YAML, in turn. Warm
 cache. Processor seconds (user and system) stand beside wall seconds: on a machine that is not idle they are

@@ -96,7 +96,8 @@ def save(checkpoint: Checkpoint, folder: Path, options: SaveOptions) -> SaveResu
     check_memory(plan, options.memory_bytes)
     refuse_events(checkpoint.events, options.strict)
     if any(isinstance(ref, ComputedRef) for ref in checkpoint.tensors.values()):
-        import torch  # noqa: F401  (before the threads start, so that they only compute)
+        with collector_paused():
+            import torch  # noqa: F401  (before the threads start, so that they only compute)
     check_work(work)
     check_disk(plan.disk_bytes - (0 if options.fresh else bytes_in(work)), folder)
     try:

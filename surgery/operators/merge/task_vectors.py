@@ -148,14 +148,7 @@ class TaskVectorKernel(MethodKernel):
         values = tile.values()
         deltas = self._deltas(values)
         thinned = [self._thinned(i, delta, values) for i, delta in enumerate(deltas)]
-        return totals(
-            sizes(
-                [
-                    each.view(each.shape[0], -1) if each.dim() > 1 else each.view(1, -1)
-                    for each in (*deltas, *thinned)
-                ]
-            )
-        )
+        return totals(sizes([each if each.dim() > 1 else each.view(1, -1) for each in (*deltas, *thinned)]))
 
     def merge_stored(
         self, tile: Tile, dtype: torch.dtype, *, ue8m0: bool
