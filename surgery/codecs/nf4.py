@@ -28,6 +28,7 @@ from math import prod
 from typing import TYPE_CHECKING, Any
 
 from surgery.codecs.codec import WHOLE, PartSpec, Spans, matrix_shape, whole_spans
+from surgery.codecs.levels import borders_below
 from surgery.codecs.plain import all_exponent_bits_set
 from surgery.errors import CheckpointError
 
@@ -186,6 +187,6 @@ def encode_nf4(values: torch.Tensor, blocksize: int = BLOCK) -> tuple[torch.Tens
         scaled = torch.cat((scaled, (rest / largest).clamp_(-1, 1)))
     if count % 2:
         scaled = torch.nn.functional.pad(scaled, (0, 1))
-    levels = torch.tensor(LEVELS, device=values.device)
-    codes = torch.bucketize(scaled, (levels[:-1] + levels[1:]) / 2, out_int32=True).to(torch.uint8)
+    levels = torch.tensor(LEVELS)
+    codes = borders_below(scaled, (levels[:-1] + levels[1:]) / 2)
     return codes[::2] << 4 | codes[1::2], absmax

@@ -45,11 +45,11 @@ class Recode:
         return {"op": "recode"}
 
     def fuse(
-        self, inputs: Sequence[StoredRef], target: ComputedRef, start: int, stop: int, context: ReadContext
+        self, inputs: Sequence[TensorRef], target: ComputedRef, start: int, stop: int, context: ReadContext
     ) -> tuple[dict[str, np.ndarray[Any, Any]], Sums] | None:
         """See `surgery.stream.fused.FusedKernel`."""
         source = inputs[0]
-        if not carries(source.codec, target.codec, target.shape):
+        if not isinstance(source, StoredRef) or not carries(source.codec, target.codec, target.shape):
             return None
         raw = {part.key: source.raw(part, start, stop, context) for part in source.parts}
         source.check_finite(raw, context)
