@@ -9,12 +9,11 @@ group by group, the range of a row's weights is clipped to 1 − i/20 of it, i =
 group's own inputs. All searches of a layer are on its weights and inputs as they were.
 
 Deviations: AutoAWQ measures at the module that consumes the input, on samples; here the error is exact over
-all tokens and measured at the linears themselves through the Gram matrix, tr(D H Dᵀ). It chooses s before it
-clips; here each candidate is measured with its own clipping, as what helps plain rounding may hurt behind it.
-A norm is stored in few bits, so that columns are multiplied by what the stored norm was divided by, not by s:
-the fold is exact. Inputs that never occur keep the scale 1. AutoAWQ leaves queries and keys unclipped, as it
-measures them apart; here they are clipped like the rest. It quantizes asymmetrically in groups of 128
-(`symmetric: false`); the default here is that of the other quantizing operators.
+all tokens and measured at the linears themselves through the Gram matrix, tr(D H Dᵀ). A norm is stored in few
+bits, so that columns are multiplied by what the stored norm was divided by, not by s: the fold is exact.
+Inputs that never occur keep the scale 1. AutoAWQ leaves queries and keys unclipped, as it measures them
+apart; here they are clipped like the rest. It quantizes asymmetrically in groups of 128 (`symmetric: false`);
+the default here is that of the other quantizing operators.
 """
 
 from __future__ import annotations
@@ -59,18 +58,13 @@ def awq(
     *,
     grid: GridMethod = "absmax",
     scale_dtype: torch.dtype = torch.float32,
-    max_shrink: float = 0.0,
 ) -> Scaling:
     """The best scales for weights [B, R, C], the rows of all linears that share the input stacked, with Gram
-    matrices [B, C, C] and mean |x| [B, C]; for weights that are clipped by up to `max_shrink` behind them
-    (0: not at all). Raises ValueError where groups do not divide C."""
+    matrices [B, C, C] and mean |x| [B, C]. Raises ValueError where groups do not divide C."""
     candidates = candidate_scales(inputs, weight_means(weights, scheme))
-    losses = torch.stack([
-        scaling_loss(
-            weights, gram, each, scheme, grid=grid, scale_dtype=scale_dtype, max_shrink=max_shrink
-        )
-        for each in candidates
-    ])  # fmt: skip
+    losses = torch.stack(
+        [scaling_loss(weights, gram, each, scheme, grid=grid, scale_dtype=scale_dtype) for each in candidates]
+    )
     best = losses.argmin(0)
     scales = candidates[best, torch.arange(len(weights), device=best.device)]
     return Scaling(scales, [None if i == 0 else (i - 1) / STEPS for i in best.tolist()], losses)
@@ -103,18 +97,10 @@ def scaling_loss(
     *,
     grid: GridMethod = "absmax",
     scale_dtype: torch.dtype = torch.float32,
-    max_shrink: float = 0.0,
 ) -> torch.Tensor:
-    """‖(Q(W s)/s − W) X‖² of each matrix, float64 [B], Q with or without clipping. Linears that share scales
-    add theirs."""
-    factor = scales[:, None]
-    scaled = weights * factor
-    if max_shrink:
-        inner = gram / factor / factor.mT
-        limits = clip_limits(scaled, inner, scheme, scale_dtype=scale_dtype, max_shrink=max_shrink)
-        scaled = clip(scaled, limits)
-    rounded = rtn(scaled, scheme, grid=grid, scale_dtype=scale_dtype).values()
-    return output_squares(rounded / factor - weights, gram).sum(-1)
+    """‖(Q(W s)/s − W) X‖² of each matrix, float64 [B]. Linears that share scales add theirs."""
+    rounded = rtn(weights * scales[:, None], scheme, grid=grid, scale_dtype=scale_dtype).values()
+    return output_squares(rounded / scales[:, None] - weights, gram).sum(-1)
 
 
 def clip_limits(
@@ -157,7 +143,6 @@ class Search:
     folds: Mapping[int, LayerFolds]
     min_tokens: int
     scale_dtype: torch.dtype
-    max_shrink: float
 
     def __call__(self, layer: int, refs: Sequence[TensorRef], stacked: Stacked) -> Scaled:
         current = {ref.name: ref for ref in refs}
@@ -184,7 +169,7 @@ class Search:
         """Scale the matrices of a problem of one; the ratio, None where no scaling is best."""
         best = awq(
             problem.weights, problem.known_gram, problem.magnitudes / problem.tokens[0],
-            int_scheme_of(problem), scale_dtype=self.scale_dtype, max_shrink=self.max_shrink,
+            int_scheme_of(problem), scale_dtype=self.scale_dtype,
         )  # fmt: skip
         ratio, scales = best.ratios[0], best.scales[0]
         if ratio is None:
@@ -250,10 +235,7 @@ class AWQ(Precision, MatrixOperator):
     def prepare(self, checkpoint: Checkpoint) -> Prepare | None:
         if not self.scale:
             return None
-        return Search(
-            self._folds(checkpoint), self.min_tokens, getattr(torch, self.scale_dtype),
-            self.max_shrink if self.clip else 0.0,
-        )  # fmt: skip
+        return Search(self._folds(checkpoint), self.min_tokens, getattr(torch, self.scale_dtype))
 
     def may_change(self, checkpoint: Checkpoint) -> frozenset[str]:
         if not self.scale:
