@@ -1,9 +1,8 @@
 """The part of a solving operator in a walk: take the inputs of a layer, solve, put the results in place.
 
-For each layer, wave by wave (what fits into memory at once, see `select.waves`): the calibration tokens run
-through the layer as it was, the inputs of the wave's matrices are summed up, the matrices are solved in
-batches of one shape, and their final bytes go into a spool file. Once all waves of a layer are through, its
-new tensors stand in for the old ones; where the operator solves in sequence, after every wave.
+The matrices of a wave (see `wave.py`) are solved in batches of one shape, and their final bytes go into a
+spool file. Once all waves of a layer are through, its new tensors stand in for the old ones; where the
+operator solves in sequence, after every wave.
 """
 
 from __future__ import annotations
@@ -17,12 +16,12 @@ from typing import Any, Protocol
 import torch
 
 from surgery.calibrate.inputs import LayerInputs
-from surgery.calibrate.walk import LayerObserver, Replay
 from surgery.codecs.codec import Codec, IntCodec
 from surgery.codecs.grid import Quantized
 from surgery.operators.layerwise.assemble import problems
 from surgery.operators.layerwise.problem import Matrix, Problem, Solved
-from surgery.stream.checkpoint import Checkpoint, TensorRef
+from surgery.operators.layerwise.wave import Plan, WaveStep, wave_steps
+from surgery.stream.checkpoint import TensorRef
 from surgery.stream.files import StoredTensor
 from surgery.stream.spool import SUFFIX, Made, made_ref, read_spool, write_spool
 
@@ -55,7 +54,7 @@ class Solving:
     takes about `room_bytes`."""
 
     solver: Solver
-    plan: Mapping[int, Sequence[Sequence[Matrix]]]
+    plan: Plan
     folder: Path
     device: torch.device
     room_bytes: int
@@ -67,13 +66,27 @@ class Solving:
 
     @property
     def steps(self) -> list[WaveStep]:
-        """One for each wave of the layer that has most."""
-        return [WaveStep(self, number) for number in range(max(map(len, self.plan.values()), default=0))]
+        return wave_steps(self)
 
-    def solve(
+    @property
+    def needs_gram(self) -> bool:
+        return self.solver.needs_gram
+
+    def state(self) -> dict[str, Any]:
+        return {"rows": self.rows, "files": self.files}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self.rows[:] = state["rows"]
+        self.files.clear()
+        self.files.update(state["files"])
+
+    def take(
         self, layer: int, number: int, refs: Sequence[TensorRef], inputs: LayerInputs
     ) -> Sequence[TensorRef] | None:
         """Solve a wave whose inputs are taken; the layer's tensors once they change."""
+        # A snapshot that an interrupt left in the middle of a layer holds rows that are made again.
+        again = {matrix.ref.name for matrix in self.plan[layer][number]}
+        self.rows[:] = [row for row in self.rows if row["tensor"] not in again]
         made: list[Made] = []
         for batch, problem in problems(
             layer, self.plan[layer][number], refs, inputs, self.device, self.room_bytes,
@@ -120,43 +133,6 @@ class Solving:
                     "tokens": problem.tokens[index], "damping": damping, "fallback": reasons[index],
                 })  # fmt: skip
         return made
-
-
-@dataclass
-class WaveStep:
-    """Wave number `number` of each layer. The first of the waves keeps the state of all."""
-
-    solving: Solving
-    number: int
-    _taking: LayerInputs | None = None
-
-    def outline(self, checkpoint: Checkpoint) -> Checkpoint:
-        return checkpoint
-
-    def observe(self, layer: int, *, has_experts: bool) -> LayerObserver | None:
-        waves = self.solving.plan.get(layer, ())
-        if self.number >= len(waves):
-            return None
-        wave = waves[self.number]
-        modules = [matrix.module for matrix in wave if matrix.module is not None]
-        experts = {matrix.expert for matrix in wave if matrix.expert is not None}
-        self._taking = LayerInputs(layer, modules, experts, gram=self.solving.solver.needs_gram)
-        return self._taking
-
-    def finish(self, layer: int, refs: Sequence[TensorRef], replay: Replay) -> Sequence[TensorRef] | None:
-        if self._taking is None:
-            return None
-        inputs, self._taking = self._taking, None
-        return self.solving.solve(layer, self.number, refs, inputs)
-
-    def state(self) -> dict[str, Any]:
-        return {"rows": self.solving.rows, "files": self.solving.files} if self.number == 0 else {}
-
-    def restore(self, state: Mapping[str, Any]) -> None:
-        if self.number == 0:
-            self.solving.rows[:] = state["rows"]
-            self.solving.files.clear()
-            self.solving.files.update(state["files"])
 
 
 def relative_errors(problem: Problem, values: torch.Tensor) -> list[float]:
