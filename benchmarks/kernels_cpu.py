@@ -14,6 +14,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from surgery.codecs import native, ops, reference
+from surgery.codecs import bitstream, column_sweep, native, ops, packed_ops, reference
+from surgery.codecs.column_sweep import BlockGrid
+from surgery.codecs.grid import Quantized
+from surgery.codecs.nf4 import LEVELS
 from surgery.codecs.ops import Operand
 
 
@@ -29,6 +33,48 @@ def eager_decode(each: Operand) -> torch.Tensor:
     """torch's own cast, then one multiplication over the blocks."""
     assert each.scales is not None
     return reference.scale_blocks(each.values.view(torch.float8_e4m3fn).to(torch.float32), each.scales)
+
+
+Case = tuple[str, float, Callable[[], Any], Callable[[], Any]]
+"""A name, the bytes that must move for a weight, ours, and the eager form."""
+
+
+def packed_cases(size: int) -> list[Case]:
+    scales = torch.rand(size, size // 128)
+    found: list[Case] = []
+    for bits in (2, 3, 4, 8):
+        codes = torch.randint(0, 2**bits, (size, size)).to(torch.uint8)
+        words, zeros = (
+            bitstream.pack(codes, bits),
+            torch.full_like(scales, 2 ** (bits - 1), dtype=torch.uint8),
+        )
+        found.append(
+            (
+                f"int{bits} g128 -> fp32",
+                bits / 8 + 4 + 4 / 128,
+                partial(packed_ops.decode_stream, words, bits, size, scales, 2 ** (bits - 1)),
+                lambda w=words, b=bits, z=zeros: Quantized(bitstream.unpack(w, b, size), scales, z).values(),
+            )
+        )
+    packed = torch.randint(0, 256, (size * size // 2,)).to(torch.uint8)
+    given = (packed, torch.tensor(LEVELS), torch.rand(size * size // 64))
+    ours = partial(packed_ops.decode_nibbles, *given, size * size, block=64, high_first=True)
+    eager = partial(packed_ops._nibbles_by_reference, *given, size * size, 64, True)
+    return [*found, ("nf4 -> fp32", 4.5 + 4 / 64, ours, eager)]
+
+
+def sweep_cases(size: int) -> list[Case]:
+    """Blocks of 128 columns of a square matrix, all of them as one batch."""
+    batch = size // 128
+    weights, upper = torch.randn(batch, size, 128), torch.triu(torch.randn(batch, 128, 128) * 0.02)
+    upper += torch.eye(128)
+    grid = BlockGrid(torch.rand(batch, size, 1) + 0.1, torch.full((batch, size, 1), 8).to(torch.uint8),
+                     torch.zeros(batch, 128, dtype=torch.int32), 15)  # fmt: skip
+    found: list[Case] = []
+    for name, how in (("sweep int4", {"grid": grid}), ("sweep 2:4", {"pattern": (2, 4)})):
+        ours = partial(ops.sweep_block, weights, upper, **how)
+        found.append((name, 13, ours, partial(column_sweep.sweep_block, weights, upper, **how)))
+    return found
 
 
 def main() -> None:
@@ -56,7 +102,7 @@ def main() -> None:
     pa, pb = (Operand(each.bfloat16()) for each in values)
     plain: dict[str, Any] = {"squares": False, "ue8m0": False}
     half = (0.5, 0.5)
-    cases: list[tuple[str, int, Callable[[], Any], Callable[[], Any]]] = [
+    cases: list[Case] = [
         ("fp8 -> bf16", 3, lambda: ops.decode_fp8_block(a.values, a.scales, torch.bfloat16),
          lambda: eager_decode(a).bfloat16()),
         ("fp8 -> fp32", 5, lambda: ops.decode_fp8_block(a.values, a.scales, torch.float32),
@@ -71,6 +117,7 @@ def main() -> None:
         ("lerp bf16", 6, lambda: ops.assemble([pa, pb], half, torch.bfloat16, **plain),
          lambda: torch.lerp(pa.values, pb.values, 0.5)),
     ]  # fmt: skip
+    cases += packed_cases(options.size) + sweep_cases(options.size)
     found = native.cpu()
     if not options.json:
         print(

@@ -4,7 +4,8 @@
 
 Checks each kernel against the CPU kernels and the torch reference to the last bit (sums of squares to
 1e-12), on random, ragged and extreme inputs and on all codes; times them on [N, N] matrices, several times
-the L2, against a device copy of the same run, eager torch and a Triton kernel; then runs itself under
+the L2, against a device copy of the same run, eager torch and a Triton kernel (column sweeps are timed by
+`solver_gpu.py`); then runs itself under
 compute-sanitizer where that is there (`--small` is what it runs).
 
 Times are medians by device events; GB/s are bytes that must move.
@@ -19,6 +20,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +30,13 @@ import torch
 import triton
 import triton.language as tl
 
-from surgery.codecs import native, ops, reference
+from surgery.codecs import bitstream, native, ops, reference
+from surgery.codecs.column_sweep import BlockGrid
+from surgery.codecs.grid import Quantized
+from surgery.codecs.mxfp4 import e2m1_values
+from surgery.codecs.nf4 import LEVELS
 from surgery.codecs.ops import Operand
+from surgery.codecs.packed_ops import decode_nibbles, decode_stream
 
 SHAPES = [(1, 1), (1, 300), (128, 128), (129, 127), (192, 256), (300, 144), (640, 384), (1000, 1040)]
 MAGNITUDES = (1.0, 0.02, 1e-30, 1e30, 1e-38, 1e-42)
@@ -127,6 +134,57 @@ def check_all_codes() -> int:
     return done
 
 
+def check_packed() -> int:
+    """Bit streams and nibbles against the CPU kernels."""
+    done = 0
+    for rows, cols, groups in (
+        (1, 1, 1),
+        (3, 7, 7),
+        (5, 33, 1),
+        (9, 129, 43),
+        (300, 1200, 3),
+        (257, 4096, 32),
+    ):
+        for bits in range(2, 9):
+            codes = torch.randint(0, 2**bits, (rows, cols)).to(torch.uint8)
+            scales = torch.randn(rows, groups) * 10.0 ** torch.randint(-42, 3, (rows, groups))
+            zeros = torch.randint(0, 2**bits, (rows, groups)).to(torch.uint8)
+            words = bitstream.pack(codes, bits)
+            for dtype in (torch.float32, torch.bfloat16):
+                for points in (zeros, 2 ** (bits - 1)):
+                    there = points.cuda() if isinstance(points, torch.Tensor) else points
+                    got = decode_stream(words.cuda(), bits, cols, scales.cuda(), there, dtype)
+                    want = decode_stream(words, bits, cols, scales, points, dtype)
+                    same(got, want, f"stream of {bits} bits {(rows, cols, groups)}")
+                    done += 1
+    for count in (1, 7, 64, 4099, 1 << 20):
+        for block in (8, 32, 64, 4096):
+            packed = torch.randint(0, 256, (-(-count // 2),)).to(torch.uint8)
+            levels, scales = torch.randn(16), torch.randn(-(-count // block)) * 1e-38
+            for high_first in (True, False):
+                for dtype in (torch.float32, torch.bfloat16):
+                    how: dict[str, Any] = {"block": block, "high_first": high_first, "dtype": dtype}
+                    got = decode_nibbles(packed.cuda(), levels.cuda(), scales.cuda(), count, **how)
+                    same(
+                        got, decode_nibbles(packed, levels, scales, count, **how), f"nibbles {count} {block}"
+                    )
+                    done += 1
+    return done
+
+
+def small_sweeps() -> None:
+    """One launch of each column sweep, on ragged slices."""
+    weights, upper = torch.randn(2, 45, 300, device="cuda"), torch.randn(2, 300, 300, device="cuda")
+    scales = torch.rand(2, 45, 3, device="cuda") + 0.5
+    zeros = torch.randint(0, 16, scales.shape, device="cuda").to(torch.uint8)
+    for first, last in ((0, 128), (3, 67), (180, 300)):
+        cut = slice(first, last)
+        group = torch.randint(0, 3, (2, last - first), device="cuda").int()
+        for grid in (None, BlockGrid(scales, zeros, group, 15)):
+            for pattern in (None, (2, 4), (3, 8)):
+                ops.sweep_block(weights[..., cut], upper[:, cut, cut], pattern=pattern, grid=grid)
+
+
 def median_ms(run: Callable[[], Any]) -> float:
     return float(triton.testing.do_bench(run, warmup=30, rep=150, return_mode="median"))
 
@@ -180,6 +238,32 @@ def bench(size: int) -> list[dict[str, Any]]:
         wide = each.values.view(torch.float8_e4m3fn).to(torch.float32)
         return reference.scale_blocks(wide, each.scales)
 
+    scales = torch.rand(size, size // 128, device=device) * 0.01
+    zeros = torch.randint(0, 4, scales.shape, device=device).to(torch.uint8)
+    for bits in (2, 3, 4, 8):
+        words = big[: weights * bits // 8].view(torch.int32).view(size, -1)
+        read = bits / 8 + 4 / 128
+        run = partial(decode_stream, words, bits, size, scales, 2 ** (bits - 1))
+        row(f"int{bits} g128 -> bf16", read + 2, partial(run, dtype=torch.bfloat16))
+        if bits == 4:
+            row("int4 g128 -> fp32", read + 4, run)
+            asymmetric = partial(decode_stream, words, bits, size, scales, zeros, torch.bfloat16)
+            row("int4 g128 zeros -> bf16", read + 2 + 1 / 128, asymmetric)
+    nibbles, absmax = big[: weights // 2], torch.rand(weights // 32, device=device)
+    nf4 = partial(
+        decode_nibbles, nibbles, torch.tensor(LEVELS, device=device), absmax[: weights // 64], weights
+    )
+    row("nf4 -> bf16", 2.5 + 4 / 64, partial(nf4, block=64, high_first=True, dtype=torch.bfloat16))
+    row("nf4 -> fp32", 4.5 + 4 / 64, partial(nf4, block=64, high_first=True))
+    mxfp4 = partial(decode_nibbles, nibbles, e2m1_values().to(device), absmax, weights)
+    row("mxfp4 -> bf16", 2.5 + 4 / 32, partial(mxfp4, block=32, high_first=False, dtype=torch.bfloat16))
+    part = size // 8
+
+    def eager_int4() -> torch.Tensor:
+        codes = bitstream.unpack(big[: weights // 2].view(torch.int32).view(size, -1)[:part], 4, size)
+        return Quantized(codes, scales[:part], zeros[:part]).values().bfloat16()
+
+    row("int4 g128 -> bf16, eager", (2.5 + 5 / 128) / 8, eager_int4)
     row("fp8 -> bf16, eager", 3, lambda: eager(fa).bfloat16())
     row("bf16 -> fp8, eager", 3, lambda: reference.encode_fp8_block(a, ue8m0=False))
     row("aoe 2 fp8, eager", 3,
@@ -213,10 +297,13 @@ def main() -> None:
             coded = Operand(*ops.encode_fp8_block(values))
             ops.decode_fp8_block(coded.values, coded.scales, torch.bfloat16)
             ops.assemble([coded, Operand(values)], [0.5, 0.5], torch.uint8, squares=True, ue8m0=False)
+        check_packed()
+        small_sweeps()
         torch.cuda.synchronize()
         return
+    done = check() + check_all_codes() + check_packed()
     print(
-        f"{check() + check_all_codes()} comparisons equal after {time.perf_counter() - start:.1f} s",
+        f"{done} comparisons equal after {time.perf_counter() - start:.1f} s",
         flush=True,
     )
     rows = bench(options.size)

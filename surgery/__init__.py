@@ -30,13 +30,16 @@ if TYPE_CHECKING:
         quantize,
         run,
         sparsify,
+        sweep,
         validate,
     )
+    from surgery.recipe.sweep import Measuring
     from surgery.recipe.verify import verify
     from surgery.stream.checkpoint import Checkpoint, TensorRef
 
 __all__ = [
     "Checkpoint",
+    "Measuring",
     "RunContext",
     "TensorRef",
     "diff",
@@ -49,6 +52,7 @@ __all__ = [
     "quantize",
     "run",
     "sparsify",
+    "sweep",
     "validate",
     "verify",
 ]
@@ -58,6 +62,7 @@ _PLACES = {
     "TensorRef": "surgery.stream.checkpoint",
     "RunContext": "surgery.operators.protocol",
     "evaluate": "surgery.evaluate.run",
+    "Measuring": "surgery.recipe.sweep",
     "verify": "surgery.recipe.verify",
 }
 

@@ -121,7 +121,7 @@ def weights(bits: int, group: int = 0, **more: Any) -> dict[str, Any]:
 def config(form: str, *groups: tuple[list[str], dict[str, Any]], **more: Any) -> dict[str, Any]:
     """A quantization_config with (targets, weights) of each group."""
     return {
-        "quant_method": "compressed-tensors", "format": form, "version": "0.17.0",
+        "quant_method": "compressed-tensors", "format": form, "version": "0.18.0",
         "quantization_status": "compressed", "ignore": ["lm_head"],
         "config_groups": {
             f"group_{number}": {"targets": targets, "weights": told}

@@ -24,6 +24,7 @@ from surgery.cli import (
     publish,
     recipes,
     run,
+    sweep,
 )
 from surgery.cli.render import Output
 from surgery.errors import InterruptedRun, SurgeryError
@@ -39,6 +40,7 @@ app = typer.Typer(
 run.register(app)
 one_step.register(app)
 demonstrate.register(app)
+sweep.register(app)
 look.register(app)
 evaluate.register(app)
 demo.register(app)

@@ -3,7 +3,7 @@
 Code i of a row takes the bits i·b … i·b + b − 1 of a little-endian stream over the row's words, lowest bit
 first; codes straddle words. Eight codes fill b bytes, so eight are squeezed (and spread) at once in one
 64-bit lane, in three steps that halve the number of gaps. `padded` is the layout of compressed-tensors
-before 0.17: ⌊32/b⌋ codes a word, the bits above them 0. Where b divides 32 both are the same.
+before 0.18: ⌊32/b⌋ codes a word, the bits above them 0. Where b divides 32 both are the same.
 """
 
 from __future__ import annotations

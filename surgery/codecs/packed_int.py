@@ -6,7 +6,7 @@
     X.weight_shape        int64 [2]                          rows and columns
 
 A code is the signed integer of compressed-tensors plus 2^(b−1), in weights and in zero points alike, which is
-what `grid` calls a code. `padded` is the packing before version 0.17, ⌊32/b⌋ codes a word; zero points of it
+what `grid` calls a code. `padded` is the packing before version 0.18, ⌊32/b⌋ codes a word; zero points of it
 cannot be cut at rows that tiles begin at.
 """
 

@@ -20,9 +20,12 @@ from pydantic import ValidationError
 
 from surgery.errors import UsageError
 from surgery.operators.protocol import PREVIOUS, LayerOperator, RunContext
+from surgery.recipe.grid import POINTS, axes_of, points_of
 from surgery.recipe.load import LoadedRecipe, load_recipe, recipe_from_dict
 from surgery.recipe.run import Plan, plan_recipe, run_recipe
 from surgery.recipe.schema import Recipe
+from surgery.recipe.sweep import Keep, Measuring, Said, SweepResult, run_sweep
+from surgery.recipe.sweep_plan import plan_sweep
 from surgery.recipe.table import OPERATORS, operator_class
 from surgery.report.diff import Diff, diff_checkpoints
 from surgery.report.inspect import Inspection, inspect_checkpoint
@@ -74,6 +77,44 @@ def run(
     """Build a recipe's model in `out`; options are those of `surgery.stream.save.SaveOptions`, `context` says
     where layer steps walk (its memory, threads and progress are those of the options)."""
     return run_recipe(_load(recipe, overrides), Path(out), replace(SaveOptions(), **options), context)
+
+
+def sweep(
+    recipe: RecipeLike,
+    out: str | Path,
+    over: Mapping[str, str | Sequence[float | str]],
+    *,
+    select_over: str | None = None,
+    overrides: Sequence[str] = (),
+    measuring: Measuring | None = None,
+    keep: Keep = "all",
+    max_points: int = POINTS,
+    said: Said | None = None,
+    **options: Any,
+) -> SweepResult:
+    """Make the children of a recipe over a grid, and measure each.
+
+    over: values of fields by their path, as a list or as text (`0:1:0.1`, both ends included, or `a,b,c`).
+    select_over: classes of tensors by name, joined by commas, see `surgery.recipe.grid`.
+    measuring: what each child is measured on; nothing by default.
+    keep: which children stay once they are measured: all, the best, or none.
+    said: hears of every point as it is done; options are those of `surgery.stream.save.SaveOptions`.
+
+    The same call goes on where an earlier one stopped. Raises UsageError for a grid that is none, RecipeError
+    for a point that is no valid recipe, and what `run` raises.
+    """
+    axes = axes_of(
+        [
+            f"{path}={each if isinstance(each, str) else ','.join(map(str, each))}"
+            for path, each in over.items()
+        ],
+        select_over,
+    )
+    points = points_of(axes, max_points)
+    planned = plan_sweep(lambda more: _load(recipe, [*overrides, *more]), axes, points, Path(out))
+    return run_sweep(
+        planned, measuring or Measuring(), replace(SaveOptions(), **options), keep=keep, said=said
+    )
 
 
 def inspect(model: str | Path | Checkpoint) -> Inspection:

@@ -38,13 +38,33 @@ def outline(index: int, operator: Operator, inputs: Mapping[str, Checkpoint]) ->
     )
 
 
-def build(recipe: Recipe, folder: Path | None = None, apply: Apply = outline) -> Checkpoint:
+class Parents:
+    """Opens the parents of recipes, each model once under each name."""
+
+    def __init__(self) -> None:
+        self._hub = Hub()
+        self._opened: dict[tuple[str, str], Checkpoint] = {}
+
+    def of(self, recipe: Recipe, folder: Path | None) -> dict[str, Checkpoint]:
+        """Every parent, by its name in the recipe."""
+        found = {}
+        for name, model in parent_places(recipe, folder):
+            key = (name, str(model))
+            if key not in self._opened:
+                self._opened[key] = open_checkpoint(model, name, self._hub)
+            found[name] = self._opened[key]
+        return found
+
+
+def build(
+    recipe: Recipe, folder: Path | None = None, apply: Apply = outline, parents_of: Parents | None = None
+) -> Checkpoint:
     """The recipe's result, unread. Raises RecipeError (located by path) and CheckpointError.
 
     `folder` is the recipe's own: a relative parent is looked up there if it is not in the current one.
-    `apply` makes each step's result.
+    `apply` makes each step's result. `parents_of` has the parents that other recipes opened.
     """
-    known = open_parents(recipe, folder)
+    known = (parents_of or Parents()).of(recipe, folder)
     parents = dict(known)
     result = next(iter(known.values()))
     for index, step in enumerate(recipe.steps):
@@ -60,12 +80,6 @@ def build(recipe: Recipe, folder: Path | None = None, apply: Apply = outline) ->
     if donor is not None:
         result = result.replace(side_files=with_tokenizer(result.side_files, known[donor].side_files))
     return result.replace(events=(*result.events, *tokenizer_events(parents)))
-
-
-def open_parents(recipe: Recipe, folder: Path | None) -> dict[str, Checkpoint]:
-    """Every parent, by its name in the recipe."""
-    hub = Hub()
-    return {name: open_checkpoint(model, name, hub) for name, model in parent_places(recipe, folder)}
 
 
 def glance_at_parents(recipe: Recipe, folder: Path | None) -> list[Glance]:

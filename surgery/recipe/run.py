@@ -15,7 +15,7 @@ from surgery.calibrate.ranks import joined_ranks
 from surgery.calibrate.skeleton import placement
 from surgery.errors import PlanError, RecipeError
 from surgery.operators.protocol import LayerOperator, RunContext
-from surgery.recipe.build import Apply, build, glance_at_parents, outline
+from surgery.recipe.build import Apply, Parents, build, glance_at_parents, outline
 from surgery.recipe.load import LoadedRecipe
 from surgery.recipe.walks import Planner, Walker, walk_folder, walk_place
 from surgery.report.html import render_report
@@ -120,7 +120,7 @@ def plan_recipe(
     recipe = loaded.recipe
     planner = Planner(_beside(loaded, replace(context or RunContext(), memory_bytes=memory_bytes)))
     with collector_paused():
-        checkpoint = apply_format(_built(loaded, planner.apply), recipe.output.format)
+        checkpoint = apply_format(built(loaded, planner.apply), recipe.output.format)
         estimate = survey(checkpoint, recipe.output.shard_bytes)
     free = free_bytes(out or Path.cwd())
     plan = Plan(
@@ -181,7 +181,7 @@ def run_recipe(
     recipe = loaded.recipe
     if not any(isinstance(step.operator, LayerOperator) for step in recipe.steps):
         with collector_paused():
-            checkpoint = _built(loaded, outline)
+            checkpoint = built(loaded)
         return _save(loaded, checkpoint, out, options)
     context = _walking(loaded, options, context)
     out = Path(os.path.realpath(out))
@@ -199,7 +199,7 @@ def run_recipe(
         with joined_ranks() as ranks:
             operators = [step.operator for step in recipe.steps]
             walker = Walker(replace(context, ranks=ranks), folder, operators, options.fresh)
-            checkpoint = _built(loaded, walker.apply)
+            checkpoint = built(loaded, walker.apply)
         return _save(loaded, checkpoint, out, options)
 
 
@@ -211,7 +211,7 @@ def follow_recipe(
     context = _walking(loaded, options, context)
     with joined_ranks() as ranks:
         operators = [step.operator for step in loaded.recipe.steps]
-        _built(loaded, Walker(replace(context, ranks=ranks), folder, operators, options.fresh).apply)
+        built(loaded, Walker(replace(context, ranks=ranks), folder, operators, options.fresh).apply)
 
 
 def _walking(loaded: LoadedRecipe, options: SaveOptions, context: RunContext | None) -> RunContext:
@@ -221,20 +221,21 @@ def _walking(loaded: LoadedRecipe, options: SaveOptions, context: RunContext | N
 
 
 def _save(loaded: LoadedRecipe, checkpoint: Checkpoint, out: Path, options: SaveOptions) -> SaveResult:
-    recipe = loaded.recipe
     refuse_events(checkpoint.events, options.strict)
+    return save(checkpoint, out, output_options(loaded, checkpoint, options))
+
+
+def output_options(loaded: LoadedRecipe, checkpoint: Checkpoint, options: SaveOptions) -> SaveOptions:
+    """`options` with the output settings of the recipe, and what the output says of it."""
+    recipe = loaded.recipe
     resolved = recipe.resolved()
-    return save(
-        checkpoint,
-        out,
-        replace(
-            options,
-            format=recipe.output.format,
-            shard_bytes=recipe.output.shard_bytes,
-            allow_nonfinite=recipe.output.allow_nonfinite,
-            recipe=resolved,
-            extras=lambda manifest: _extras(loaded, checkpoint, resolved, manifest),
-        ),
+    return replace(
+        options,
+        format=recipe.output.format,
+        shard_bytes=recipe.output.shard_bytes,
+        allow_nonfinite=recipe.output.allow_nonfinite,
+        recipe=resolved,
+        extras=lambda manifest: _extras(loaded, checkpoint, resolved, manifest),
     )
 
 
@@ -243,9 +244,10 @@ def _beside(loaded: LoadedRecipe, context: RunContext) -> RunContext:
     return replace(context, beside=(Path(loaded.filename).parent,)) if loaded.text else context
 
 
-def _built(loaded: LoadedRecipe, apply: Apply) -> Checkpoint:
+def built(loaded: LoadedRecipe, apply: Apply = outline, parents_of: Parents | None = None) -> Checkpoint:
+    """The recipe's result as `build` makes it, complaints located."""
     try:
-        return build(loaded.recipe, _folder_of(loaded), apply)
+        return build(loaded.recipe, _folder_of(loaded), apply, parents_of)
     except RecipeError as error:
         raise loaded.attach(error) from error
 

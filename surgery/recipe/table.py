@@ -42,6 +42,7 @@ OPERATORS: dict[str, str] = {
     "sparsify.admm": "surgery.operators.sparsify.admm:Admm",
     "quantize.rtn": "surgery.operators.quantize.rtn:RoundToNearest",
     "quantize.gptq": "surgery.operators.quantize.gptq:GPTQ",
+    "quantize.awq": "surgery.operators.quantize.awq:AWQ",
 }
 
 

@@ -27,7 +27,7 @@ from threading import Condition, Thread
 from typing import TYPE_CHECKING, Any
 
 from surgery.errors import InterruptedRun
-from surgery.stream.jobs import compile_jobs
+from surgery.stream.interleave import interleaved
 from surgery.stream.reads import SMALL, Extent, Run, place_of, remote_reads, small_runs
 from surgery.stream.remote import RemoteFile
 from surgery.stream.targets import Shard
@@ -90,13 +90,14 @@ class _Shelf:
 
 
 class ReadAhead:
-    """Blocks of the jobs of `shards`, at most `budget` bytes of them at a time; see the module docstring.
+    """Blocks of the jobs of `rounds` (shards that are written together), at most `budget` bytes of them at a
+    time; see the module docstring.
 
-    `starting` and `finished` go around every job, whose number counts from 0 in the order of the shards.
+    `starting` and `finished` go around every job, whose number counts from 0 in the order of the rounds.
     """
 
-    def __init__(self, shards: Sequence[Shard], budget: int, streams: int) -> None:
-        self._shards = shards
+    def __init__(self, rounds: Sequence[Sequence[Shard]], budget: int, streams: int) -> None:
+        self._rounds = rounds
         self._kept_budget = budget // 4
         self._budget = budget - self._kept_budget
         self._streams = streams
@@ -201,8 +202,8 @@ class ReadAhead:
 
     def _plan(self) -> None:
         try:
-            for shard in self._shards:
-                jobs = [remote_reads(job) for job in compile_jobs(shard)]
+            for shards in self._rounds:
+                jobs = [remote_reads(job) for _, job in interleaved(shards)]
                 runs = small_runs(jobs, self._request)
                 for extents in jobs:
                     if not self._add(extents, runs):

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable
 from threading import local
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     import numpy as np
 
+T = TypeVar("T")
+
 
 class ThreadBuffers(local):
     """What each thread keeps: one reused buffer, since fresh memory for every copy would cost more than
-    the copy, and whole stored tensors that were read ahead, by file and offset."""
+    the copy; whole stored tensors that were read ahead, by file and offset; and what the last tile was made
+    from, for the outputs whose same tile comes next."""
 
     def __init__(self) -> None:
         self._bytes: np.ndarray[Any, Any] | None = None
         self.ahead: dict[tuple[int, int], np.ndarray[Any, Any]] = {}
+        self._last: tuple[Hashable, Any] | None = None
 
     def take(self, nbytes: int) -> np.ndarray[Any, Any]:
         """uint8 [nbytes], valid until this thread asks again."""
@@ -24,3 +29,11 @@ class ThreadBuffers(local):
         if self._bytes is None or self._bytes.size < nbytes:
             self._bytes = np.empty(nbytes, np.uint8)
         return self._bytes[:nbytes]
+
+    def recall(self, key: Hashable, make: Callable[[], T]) -> T:
+        """What `make` gave when this thread last asked, if it was for the same key; nobody may change it."""
+        if self._last is None or self._last[0] != key:
+            self._last = None
+            self._last = (key, make())
+        found: T = self._last[1]
+        return found

@@ -64,6 +64,8 @@ class ReadContext:
     batch: Lock = field(default_factory=Lock)
     """Held by the one thread that computes a batch of small tensors: two would only pass the
     interpreter's lock to and fro."""
+    several: bool = False
+    """Whether several outputs are made of the same tiles, one after another (see `ThreadBuffers.recall`)."""
 
 
 class TensorRef:

@@ -4,7 +4,7 @@ The parts of a module are found by their names, its scheme by the config, and bo
 are not computed with (NVFP4, activation order with a g_idx, fused 3-D tensors) keep their parts together
 under the logical name and are copied as stored.
 
-A row of 3, 5, 6 or 7 bits was packed otherwise before version 0.17; its width tells which, and the version
+A row of 3, 5, 6 or 7 bits was packed otherwise before version 0.18; its width tells which, and the version
 where both have the same. The columns of a row with one scale do not follow from its width: they are read from
 `weight_shape` in local files, and taken to fill the words of files that are read over the network (the codec
 refuses the tensor when it is decoded and they do not).
@@ -34,8 +34,8 @@ PARTS = (
     "weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx",
     "weight_global_scale",
 )  # fmt: skip
-DENSE_SINCE = (0, 17)
-"""The version from which codes straddle words."""
+DENSE_SINCE = (0, 18)
+"""The release from which codes straddle words: the wheels of 0.17.0 and 0.17.1 still pad them."""
 _EIGHT_BITS = ("F8_E4M3", "I8")
 
 

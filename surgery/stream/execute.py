@@ -18,13 +18,14 @@ from typing import Any
 from surgery.errors import InterruptedRun
 from surgery.stream.ahead import ReadAhead
 from surgery.stream.checkpoint import ComputedRef, ReadContext, Sums
-from surgery.stream.jobs import Job, compile_jobs
+from surgery.stream.interleave import interleaved
+from surgery.stream.jobs import Job
 from surgery.stream.remote import RemoteFile
 from surgery.stream.targets import Shard
 from surgery.stream.writer import ShardWriter
 
-OPEN_SHARDS = 3
-"""Shards being written or hashed at one time."""
+OPEN_ROUNDS = 3
+"""Rounds of shards being written or hashed at one time."""
 
 Progress = Callable[[str, int, int], None]
 """Called with (stage, done, total); bytes for the stage `write`."""
@@ -75,17 +76,24 @@ class SumTable:
         return tuple(sum(column) for column in zip(*ordered, strict=True))
 
 
-@dataclass
-class Execution:
-    """One run over the shards of a plan. `finished` hears of every shard as it is published; `ahead_bytes`
-    of the memory are for reading ahead from the `remote` files."""
+@dataclass(frozen=True)
+class Writing:
+    """A shard and the folder that it goes to. `finished` hears of it once it is there."""
 
     folder: Path
+    shard: Shard
+    finished: Callable[[Shard, str | None, Mapping[str, Any]], None]
+
+
+@dataclass
+class Execution:
+    """One run over shards: rounds of those that are written together, from one reading of what they share
+    (see `interleave`). `ahead_bytes` of the memory are for reading ahead from the `remote` files."""
+
     hashed: bool
     threads: int
     memory_bytes: int
     context: ReadContext
-    finished: Callable[[Shard, str | None, Mapping[str, Any]], None]
     progress: Progress
     total_bytes: int
     done_bytes: int = 0
@@ -98,13 +106,14 @@ class Execution:
     _open: list[ShardWriter] = field(default_factory=list)
     _ahead: ReadAhead | None = None
 
-    def run(self, shards: Sequence[Shard]) -> None:
+    def run(self, rounds: Sequence[Sequence[Writing]]) -> None:
         """Write the shards. Raises the first error; finished shards stay."""
         sums = SumTable()
         self.context.record = sums.record
         gate = MemoryGate(self.memory_bytes - self.ahead_bytes)
-        queue = self._jobs(shards, sums)
+        queue = self._jobs(rounds, sums)
         if self.remote:
+            shards = [[writing.shard for writing in each] for each in rounds]
             self._ahead = ReadAhead(shards, self.ahead_bytes, self.remote[0].transfer.limits.streams)
         workers = [
             Thread(target=self._work, args=(queue, gate), name=f"worker {number}", daemon=True)
@@ -188,24 +197,31 @@ class Execution:
         if self._ahead is not None:
             self._ahead.stop(self.remote)
 
-    def _jobs(self, shards: Sequence[Shard], sums: SumTable) -> Iterator[tuple[int, ShardWriter, Job]]:
-        """Numbered jobs of all shards in order; opens a shard when its first job is asked for."""
+    def _jobs(
+        self, rounds: Sequence[Sequence[Writing]], sums: SumTable
+    ) -> Iterator[tuple[int, ShardWriter, Job]]:
+        """Numbered jobs of all rounds in order; opens a round when its first job is asked for."""
         numbers = count()
-        for shard in shards:
-            self._close(OPEN_SHARDS - 1)
+        for each in rounds:
+            self._close((OPEN_ROUNDS - 1) * len(each))
             if self._stop.is_set():
                 return
-            writer = ShardWriter(
-                self.folder / shard.name,
-                shard.header,
-                shard.nbytes,
-                hashed=self.hashed,
-                finished=lambda digest, shard=shard: self.finished(shard, digest, outcomes(shard, sums)),  # type: ignore[misc]
-            )
-            self._advance(len(shard.header))
-            self._open.append(writer)
-            for job in compile_jobs(shard):
-                yield next(numbers), writer, job
+            writers = [self._opened(writing, sums) for writing in each]
+            for member, job in interleaved([writing.shard for writing in each]):
+                yield next(numbers), writers[member], job
+
+    def _opened(self, writing: Writing, sums: SumTable) -> ShardWriter:
+        shard = writing.shard
+        writer = ShardWriter(
+            writing.folder / shard.name,
+            shard.header,
+            shard.nbytes,
+            hashed=self.hashed,
+            finished=lambda digest: writing.finished(shard, digest, outcomes(shard, sums)),
+        )
+        self._advance(len(shard.header))
+        self._open.append(writer)
+        return writer
 
     def _close(self, keep: int) -> None:
         """Wait until at most `keep` shards are unfinished."""

@@ -1,5 +1,5 @@
 """What of a compressed-tensors output its readers cannot load, found out with transformers 5.17 and
-compressed-tensors 0.17 and 0.20. Such outputs are written all the same: other engines may read them.
+compressed-tensors 0.17, 0.18 and 0.20. Such outputs are written all the same: other engines may read them.
 
 transformers decompresses all routed experts by one scheme, and knows how to for symmetric packed integers,
 MXFP4 and FP8 with one scale a row or a tensor. Experts on another scheme fail to load, or (experts that are

@@ -25,8 +25,8 @@ from surgery.stream.checkpoint import TensorRef
 from surgery.stream.compressed_config import METHOD, CompressedConfig, WeightScheme
 from surgery.stream.module_patterns import describe
 
-VERSION = "0.17.0"
-"""The version of compressed-tensors whose layout is written: codes straddle words."""
+VERSION = "0.18.0"
+"""The version of compressed-tensors whose layout is written: the first one in which codes straddle words."""
 MIXED = "mixed-precision"
 WEIGHT = ".weight"
 

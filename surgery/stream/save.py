@@ -11,7 +11,7 @@ import os
 import resource
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -21,7 +21,7 @@ from surgery.errors import PlanError, StrictError
 from surgery.stream.ahead import ahead_bytes
 from surgery.stream.card import build_card
 from surgery.stream.checkpoint import Checkpoint, ComputedRef, Event, ReadContext
-from surgery.stream.execute import Execution, Progress
+from surgery.stream.execute import Execution, Progress, Writing
 from surgery.stream.formats import Format, apply_format
 from surgery.stream.journal import LOCK, Journal, lock, read_events
 from surgery.stream.journal import NAME as JOURNAL
@@ -88,29 +88,25 @@ def save(checkpoint: Checkpoint, folder: Path, options: SaveOptions) -> SaveResu
         checkpoint = apply_format(checkpoint, options.format)
         plan = survey(checkpoint, options.shard_bytes)
     folder = Path(os.path.realpath(folder))
+    check_target(checkpoint, folder, plan, options)
     work = work_folder(folder)
+    check_disk(plan.disk_bytes - (0 if options.fresh else bytes_in(work)), folder)
+    saving = Saving(checkpoint, folder, plan, options)
+    try:
+        write_rounds([[saving.writing(shard)] for shard in saving.missing()], [saving], options)
+        return saving.publish()
+    finally:
+        saving.close()
+
+
+def check_target(checkpoint: Checkpoint, folder: Path, plan: Survey, options: SaveOptions) -> None:
+    """Refuse what cannot be written to `folder`, its disk aside."""
     clear_leftovers(folder)
     check_output(folder, options.overwrite)
     check_apart(folder, checkpoint)
     check_memory(plan, options.memory_bytes)
     refuse_events(checkpoint.events, options.strict)
-    if any(isinstance(ref, ComputedRef) for ref in checkpoint.tensors.values()):
-        import torch  # noqa: F401  (before the threads start, so that they only compute)
-    check_work(work)
-    check_disk(plan.disk_bytes - (0 if options.fresh else bytes_in(work)), folder)
-    try:
-        work.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise PlanError(f"cannot create {work}: {error.strerror}", hint="choose another folder") from error
-    if options.fresh:
-        clear_work(work)
-    journal = Journal(work, fingerprint(checkpoint, options))
-    try:
-        return _write(checkpoint, folder, work, plan, journal, options)
-    finally:
-        journal.close()
-        if folder.exists() and not work.exists():
-            clear_leftovers(folder)
+    check_work(work_folder(folder))
 
 
 def work_folder(folder: Path) -> Path:
@@ -184,9 +180,11 @@ def refuse_events(events: tuple[Event, ...], strict: bool) -> None:
         )
 
 
-def fingerprint(checkpoint: Checkpoint, options: SaveOptions) -> dict[str, Any]:
-    """What a resumed run must agree in."""
+def fingerprint(checkpoint: Checkpoint, options: SaveOptions, layout: Sequence[Shard] = ()) -> dict[str, Any]:
+    """What a resumed run must agree in; `layout` are the shards where the settings don't say which."""
+    shards = sha256(b"".join(shard.header for shard in layout)).hexdigest()
     return {
+        **({"shards": shards} if layout else {}),
         "steps": list(checkpoint.history),
         "settings": options.settings(),
         "inputs": {source.label: source.identity() for source in checkpoint.inputs},
@@ -197,33 +195,97 @@ def fingerprint(checkpoint: Checkpoint, options: SaveOptions) -> dict[str, Any]:
     }
 
 
-def _write(
-    checkpoint: Checkpoint, folder: Path, work: Path, plan: Survey, journal: Journal, options: SaveOptions
-) -> SaveResult:
-    started = time.time() - (time.monotonic() - options.begun)
-    kept = {
-        shard.name: journal.shards[shard.name]
-        for shard in plan.shards
-        if shard.name in journal.shards and _size(work / shard.name) == shard.nbytes
-    }
-    finished = dict(kept)
+class Saving:
+    """One output on its way: what is finished of it, in its work folder and its journal, and publishing."""
 
-    def finish(shard: Shard, digest: str | None, found: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        folder: Path,
+        plan: Survey,
+        options: SaveOptions,
+        layout: Sequence[Shard] = (),
+    ) -> None:
+        """Opens the journal. The checkpoint has the output's format; for `layout` see `fingerprint`."""
+        self.checkpoint = checkpoint
+        self.folder = folder
+        self.work = work_folder(folder)
+        self.plan = plan
+        self.options = options
+        try:
+            self.work.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise PlanError(
+                f"cannot create {self.work}: {error.strerror}", hint="choose another folder"
+            ) from error
+        if options.fresh:
+            clear_work(self.work)
+        self._journal = Journal(self.work, fingerprint(checkpoint, options, layout))
+        self.kept = {
+            shard.name: self._journal.shards[shard.name]
+            for shard in plan.shards
+            if shard.name in self._journal.shards and _size(self.work / shard.name) == shard.nbytes
+        }
+        self.finished: dict[str, dict[str, Any]] = dict(self.kept)
+
+    def missing(self) -> list[Shard]:
+        """The shards that no earlier run finished."""
+        return [shard for shard in self.plan.shards if shard.name not in self.kept]
+
+    def writing(self, shard: Shard) -> Writing:
+        return Writing(self.work, shard, self.finish)
+
+    def finish(self, shard: Shard, digest: str | None, found: Mapping[str, Any]) -> None:
+        """A shard is in the work folder under its name."""
         entry = {
-            "event": "shard", "shard": shard.name, "bytes": shard.nbytes, "sha256": digest, "tensors": found,
+            "event": "shard", "shard": shard.name, "bytes": shard.nbytes, "sha256": digest,
+            "tensors": dict(found),
         }  # fmt: skip
-        journal.append(entry)
-        finished[shard.name] = entry
+        self._journal.append(entry)
+        self.finished[shard.name] = entry
 
-    remote = remote_files(checkpoint.inputs)
+    def publish(self) -> SaveResult:
+        """Add everything beside the shards and give the output its name."""
+        manifest = _complete(self.checkpoint, self.work, self.plan, self.finished, self.kept, self.options)
+        self._journal.append({"event": "complete"})
+        _publish(self.work, self.folder)
+        return SaveResult(self.folder, manifest)
+
+    def close(self) -> None:
+        self._journal.close()
+        if self.folder.exists() and not self.work.exists():
+            clear_leftovers(self.folder)
+
+
+def write_rounds(
+    rounds: Sequence[Sequence[Writing]], savings: Sequence[Saving], options: SaveOptions
+) -> None:
+    """Write shards of outputs, round by round, within the memory of `options`."""
+    if any(isinstance(ref, ComputedRef) for each in savings for ref in each.checkpoint.tensors.values()):
+        import torch  # noqa: F401  (before the threads start, so that they only compute)
+    remote = list(dict.fromkeys(file for each in savings for file in remote_files(each.checkpoint.inputs)))
+    peak = max(each.plan.peak_bytes for each in savings)
+    done = sum(entry["bytes"] for each in savings for entry in each.finished.values())
     Execution(
-        work, options.hash, max(1, options.threads), options.memory_bytes,
-        ReadContext(options.allow_nonfinite), finish, options.progress,
-        total_bytes=plan.output_bytes,
-        done_bytes=sum(shard.nbytes for shard in plan.shards if shard.name in kept),
+        options.hash, max(1, options.threads), options.memory_bytes,
+        ReadContext(options.allow_nonfinite, several=len(savings) > 1), options.progress,
+        total_bytes=done + sum(writing.shard.nbytes for each in rounds for writing in each),
+        done_bytes=done,
         remote=remote,
-        ahead_bytes=ahead_bytes(options.memory_bytes, plan.peak_bytes) if remote else 0,
-    ).run([shard for shard in plan.shards if shard.name not in kept])  # fmt: skip
+        ahead_bytes=ahead_bytes(options.memory_bytes, peak) if remote else 0,
+    ).run(rounds)  # fmt: skip
+
+
+def _complete(
+    checkpoint: Checkpoint,
+    work: Path,
+    plan: Survey,
+    finished: Mapping[str, Mapping[str, Any]],
+    kept: Mapping[str, Any],
+    options: SaveOptions,
+) -> dict[str, Any]:
+    """Write everything beside the shards; returns the manifest."""
+    started = time.time() - (time.monotonic() - options.begun)
     measurements = [probe.measure() for probe in checkpoint.probes]
     outcomes = {name: each for entry in finished.values() for name, each in entry["tensors"].items()}
     weights = {
@@ -263,9 +325,7 @@ def _write(
         lines = "".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items()))
         _write_bytes(work / SUMS, lines.encode())
     _write_bytes(work / MANIFEST, dump_manifest(manifest))
-    journal.append({"event": "complete"})
-    _publish(work, folder)
-    return SaveResult(folder, manifest)
+    return manifest
 
 
 def _write_side_files(

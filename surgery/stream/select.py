@@ -5,6 +5,7 @@ mtp                  the tensors of the multi-token-prediction layer
 all                  every tensor
 layers:3-30          decoder layers 3 to 30, both included
 re:PATTERN           a regular expression found anywhere in the logical name
+not:ENTRY            every tensor that one of these does not take
 """
 
 from __future__ import annotations
@@ -29,6 +30,9 @@ def check_entry(text: str) -> str:
 
 def matcher(entry: str) -> Matcher:
     """The test that one entry stands for. Raises ValueError for what is no entry."""
+    if entry.startswith("not:"):
+        taken = matcher(entry[4:])
+        return lambda ref: not taken(ref)
     if entry.startswith("re:"):
         return pattern_matcher(entry[3:])
     if entry.startswith("layers:"):
@@ -40,7 +44,11 @@ def matcher(entry: str) -> Matcher:
     if entry in ROLES:
         return lambda ref: ref.info.role == entry
     close = difflib.get_close_matches(entry, WORDS, 1)
-    known = f"did you mean `{close[0]}`?" if close else f"known: {', '.join(WORDS)}, layers:A-B, re:PATTERN"
+    known = (
+        f"did you mean `{close[0]}`?"
+        if close
+        else f"known: {', '.join(WORDS)}, layers:A-B, re:PATTERN, not:ENTRY"
+    )
     raise ValueError(f"`{entry}` is no role or selector; {known}")
 
 

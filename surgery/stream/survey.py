@@ -11,7 +11,7 @@ from typing import Any
 from surgery.errors import PlanError
 from surgery.stream.checkpoint import Checkpoint, ComputedRef, StoredRef, TensorRef
 from surgery.stream.jobs import CHUNK, tile_bytes
-from surgery.stream.targets import Shard, pack, plan_targets
+from surgery.stream.targets import Apart, Shard, pack, plan_targets
 from surgery.stream.units import format_bytes
 
 LEAST_MEMORY = 256_000_000
@@ -60,9 +60,9 @@ def action_of(ref: TensorRef) -> str:
     return type(ref).__name__
 
 
-def survey(checkpoint: Checkpoint, shard_bytes: int) -> Survey:
+def survey(checkpoint: Checkpoint, shard_bytes: int, apart: Apart | None = None) -> Survey:
     """Everything that can be known before reading weights; raises CheckpointError on contradictions."""
-    shards = tuple(pack(plan_targets(checkpoint.tensors.values()), shard_bytes))
+    shards = tuple(pack(plan_targets(checkpoint.tensors.values()), shard_bytes, apart))
     reads: dict[str, int] = dict.fromkeys((source.label for source in checkpoint.inputs), 0)
     counts: dict[tuple[str, bool, str], list[int]] = {}
     peak, largest = CHUNK, ""

@@ -11,7 +11,7 @@ allows no padding between tensors, and readers map them in place.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from surgery.errors import CheckpointError
@@ -40,6 +40,10 @@ class Shard:
     header: bytes
     targets: tuple[tuple[Target, int], ...]
     nbytes: int
+
+
+Apart = Callable[[Sequence[Target]], Hashable]
+"""A key for each unit; units with different keys go to different shards."""
 
 
 def plan_targets(refs: Iterable[TensorRef]) -> list[list[Target]]:
@@ -83,17 +87,23 @@ def _check_filled(target: Target) -> None:
         )
 
 
-def pack(units: Sequence[Sequence[Target]], shard_bytes: int) -> list[Shard]:
-    """Shards of at most `shard_bytes` of tensors each (a larger unit gets its own)."""
-    groups: list[list[Target]] = [[]]
-    filled = 0
+def pack(units: Sequence[Sequence[Target]], shard_bytes: int, apart: Apart | None = None) -> list[Shard]:
+    """Shards of at most `shard_bytes` of tensors each (a larger unit gets its own); where units are kept
+    `apart`, those of the first key come first."""
+    kinds: dict[Hashable, list[Sequence[Target]]] = {}
     for unit in units:
-        size = sum(target.stored.nbytes for target in unit)
-        if groups[-1] and filled + size > shard_bytes:
-            groups.append([])
-            filled = 0
-        groups[-1].extend(unit)
-        filled += size
+        kinds.setdefault(apart(unit) if apart else None, []).append(unit)
+    groups: list[list[Target]] = []
+    for kind in kinds.values() or [[]]:
+        groups.append([])
+        filled = 0
+        for unit in kind:
+            size = sum(target.stored.nbytes for target in unit)
+            if groups[-1] and filled + size > shard_bytes:
+                groups.append([])
+                filled = 0
+            groups[-1].extend(unit)
+            filled += size
     return [_shard(group, number, len(groups)) for number, group in enumerate(groups, 1)]
 
 

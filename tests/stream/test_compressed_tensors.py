@@ -109,9 +109,9 @@ def _tensors(path: Path) -> Tensors:
 
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("bits", [3, 5, 6, 7])
-def test_rows_packed_before_0_17_are_known_by_their_width(folder: Path, bits: int, symmetric: bool) -> None:
+def test_rows_packed_before_0_18_are_known_by_their_width(folder: Path, bits: int, symmetric: bool) -> None:
     quantization = compressed.config(
-        "pack-quantized", (LINEAR, compressed.weights(bits, 32, symmetric=symmetric)), version="0.16.0"
+        "pack-quantized", (LINEAR, compressed.weights(bits, 32, symmetric=symmetric)), version="0.17.1"
     )
     build = compressed.integers(bits, 32, symmetric=symmetric, padded=True)
     expected = compressed.compress(folder, quantization, lambda module: build)
@@ -126,10 +126,10 @@ def test_rows_packed_before_0_17_are_known_by_their_width(folder: Path, bits: in
             query.read(slice(0, 32))
 
 
-@pytest.mark.parametrize("version", ["0.16.2", "0.17.0", None])
+@pytest.mark.parametrize("version", ["0.17.1", "0.18.0", None])
 def test_where_both_packings_have_one_width_the_version_decides(tmp_path: Path, version: str | None) -> None:
     """40 codes of 3 bits take 4 words either way."""
-    padded = version != "0.17.0"
+    padded = version != "0.18.0"
     folder = _one_matrix(tmp_path, (5, 40), compressed.integers(3, padded=padded))
     change_config(folder, quantization_config=told(LINEAR, compressed.weights(3)) | {"version": version})
     expected = compressed.integers(3, padded=padded)(QUERY, (5, 40))[1]

@@ -8,7 +8,7 @@ is verified) solved tensors can be told of but not made again.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field
 
 from surgery.calibrate.data import Calibration, find_file
+from surgery.codecs.codec import Codec
 from surgery.codecs.fp8_block import Fp8Block
 from surgery.codecs.nf4 import Bnb4
 from surgery.codecs.plain import Opaque, Plain
@@ -29,6 +30,7 @@ from surgery.stream.formats import stored_as
 if TYPE_CHECKING:
     from surgery.calibrate.walk import Walk
     from surgery.operators.layerwise.problem import Matrix, Problem, Solved, Work
+    from surgery.operators.layerwise.scaled import Prepare
     from surgery.operators.layerwise.step import Solving
     from surgery.operators.layerwise.wave import Plan, WaveStep
 
@@ -94,6 +96,14 @@ class MatrixOperator(LayerOperator):
     def fall_back(self, problem: Problem) -> Solved:
         raise TypeError(f"{type(self).__name__} has nothing to fall back on")
 
+    def prepare(self, checkpoint: Checkpoint) -> Prepare | None:
+        """What looks at all matrices of a wave before they are solved, and may scale them; None: nothing."""
+        return None
+
+    def may_change(self, checkpoint: Checkpoint) -> frozenset[str]:
+        """Names of the tensors beside the solved ones that `prepare` may change, from headers."""
+        return frozenset()
+
     def walk_key(self) -> tuple[Any, ...] | None:
         return (self.calibration, self.propagate)
 
@@ -105,7 +115,10 @@ class MatrixOperator(LayerOperator):
         from surgery.stream.spool import pending_ref
 
         (checkpoint,) = inputs.values()
-        return self._with(checkpoint, lambda ref, work: pending_ref(ref, work.codec, self.op), Decision({}))
+        return self._with(
+            checkpoint, lambda ref, codec: pending_ref(ref, codec, self.op), self.may_change(checkpoint),
+            Decision({}),
+        )  # fmt: skip
 
     def finish(
         self, inputs: Mapping[str, Checkpoint], decision: Decision, folder: Path | None = None
@@ -119,7 +132,10 @@ class MatrixOperator(LayerOperator):
             spool = open_spools(folder or Path(decision.data["folder"]), decision.data["files"])
         data = {key: value for key, value in decision.data.items() if key != "folder"}
         kept = Decision(data, decision.texts, decision.measurements, decision.events)
-        return self._with(checkpoint, lambda ref, work: made_ref(ref, work.codec, self.op, spool), kept)
+        return self._with(
+            checkpoint, lambda ref, codec: made_ref(ref, codec, self.op, spool),
+            frozenset(data.get("changed", ())), kept,
+        )  # fmt: skip
 
     def estimate(self, inputs: Mapping[str, Checkpoint], context: RunContext) -> Mapping[str, Any]:
         (checkpoint,) = inputs.values()
@@ -169,7 +185,10 @@ class MatrixOperator(LayerOperator):
         check_one_process(self.op, context)
         folder = context.folder or Path(tempfile.mkdtemp(prefix="surgery-"))
         device, _ = placement(context.device, context.dtype)
-        solving = Solving(self, self.plan(checkpoint, context), folder, device, solver_room(context))
+        solving = Solving(
+            self, self.plan(checkpoint, context), folder, device, solver_room(context),
+            self.prepare(checkpoint),
+        )  # fmt: skip
         return Solver(self, solving, keeps_folder=context.folder is not None)
 
     def events_of(self, rows: Sequence[Mapping[str, Any]]) -> tuple[Event, ...]:
@@ -197,17 +216,24 @@ class MatrixOperator(LayerOperator):
                 hint="leave them as they are (routed_expert: keep), or use an operator that needs no inputs",
             )
 
-    def _with(self, checkpoint: Checkpoint, change: Any, decision: Decision) -> Checkpoint:
-        """The checkpoint with every tensor that this operator works on changed."""
+    def _with(
+        self,
+        checkpoint: Checkpoint,
+        change: Callable[[TensorRef, Codec], TensorRef],
+        beside: frozenset[str],
+        decision: Decision,
+    ) -> Checkpoint:
+        """The checkpoint with every tensor that this operator works on changed, and those `beside` them,
+        which keep their form."""
         tensors: dict[str, TensorRef] = {}
         for name, ref in checkpoint.tensors.items():
             work = None if ref.info.mtp and self.mtp == "keep" else self.work(ref)
             if work is None:
-                tensors[name] = ref
+                tensors[name] = change(ref, ref.codec) if name in beside else ref
             elif ref.info.mtp or ref.info.layer is None:
                 tensors[name] = self.without_inputs(ref, work)
             else:
-                tensors[name] = change(ref, work)
+                tensors[name] = change(ref, work.codec)
         label, history = record_step(
             self.op, self.summary(), {self.input_names()[0]: checkpoint.label}, [checkpoint],
             decision.data if decision.data else None,
@@ -238,6 +264,8 @@ class Solver:
     def decision(self, walk: Walk) -> Decision:
         rows = self.solving.rows
         data: dict[str, Any] = {"files": dict(sorted(self.solving.files.items()))}
+        if self.solving.changed:
+            data["changed"] = sorted(self.solving.changed)
         if not self.keeps_folder:
             data["folder"] = str(self.solving.folder)
         table = {

@@ -2,7 +2,8 @@
 
 The matrices of a wave (see `wave.py`) are solved in batches of one shape, and their final bytes go into a
 spool file. Once all waves of a layer are through, its new tensors stand in for the old ones; where the
-operator solves in sequence, after every wave.
+operator solves in sequence, after every wave. An operator that scales matrices (`scaled.py`) looks at all of
+a wave before any of it is solved.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from surgery.codecs.codec import Codec, IntCodec
 from surgery.codecs.grid import Quantized
 from surgery.operators.layerwise.assemble import problems
 from surgery.operators.layerwise.problem import Matrix, Problem, Solved
+from surgery.operators.layerwise.scaled import Prepare, Scaled, Stacked
 from surgery.operators.layerwise.wave import Plan, WaveStep, wave_steps
 from surgery.stream.checkpoint import TensorRef
 from surgery.stream.files import StoredTensor
@@ -58,9 +60,12 @@ class Solving:
     folder: Path
     device: torch.device
     room_bytes: int
+    prepare: Prepare | None = None
     rows: list[dict[str, Any]] = field(default_factory=list)
     files: dict[str, str] = field(default_factory=dict)
     """SHA-256 of the spool files by name."""
+    changed: list[str] = field(default_factory=list)
+    """Tensors that are no solved matrices but lie in the spool files as well."""
     _held: dict[str, TensorRef] = field(default_factory=dict)
     """The solved tensors of the layer at hand."""
 
@@ -73,12 +78,13 @@ class Solving:
         return self.solver.needs_gram
 
     def state(self) -> dict[str, Any]:
-        return {"rows": self.rows, "files": self.files}
+        return {"rows": self.rows, "files": self.files, "changed": self.changed}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         self.rows[:] = state["rows"]
         self.files.clear()
         self.files.update(state["files"])
+        self.changed[:] = state["changed"]
 
     def take(
         self, layer: int, number: int, refs: Sequence[TensorRef], inputs: LayerInputs
@@ -87,12 +93,18 @@ class Solving:
         # A snapshot that an interrupt left in the middle of a layer holds rows that are made again.
         again = {matrix.ref.name for matrix in self.plan[layer][number]}
         self.rows[:] = [row for row in self.rows if row["tensor"] not in again]
-        made: list[Made] = []
-        for batch, problem in problems(
-            layer, self.plan[layer][number], refs, inputs, self.device, self.room_bytes,
-            gram=self.solver.needs_gram,
-        ):  # fmt: skip
-            made += self._solved(batch, problem)
+
+        def stacked() -> Stacked:
+            return problems(
+                layer, self.plan[layer][number], refs, inputs, self.device, self.room_bytes,
+                gram=self.solver.needs_gram,
+            )  # fmt: skip
+
+        scaled = self.prepare(layer, refs, stacked()) if self.prepare else Scaled()
+        made = list(scaled.made)
+        self.changed += [each.ref.name for each in made if each.ref.name not in self.changed]
+        for batch, problem in stacked():
+            made += self._solved(batch, problem, scaled)
         name = f"solved-{layer:05d}-{number:02d}{SUFFIX}"
         self.files[name] = write_spool(self.folder / name, made)
         spool = read_spool(self.folder / name)
@@ -103,10 +115,12 @@ class Solving:
         held, self._held = self._held, {}
         return [held.get(ref.name, ref) for ref in refs]
 
-    def _solved(self, batch: Sequence[Sequence[Matrix]], problem: Problem) -> list[Made]:
+    def _solved(self, batch: Sequence[Sequence[Matrix]], problem: Problem, scaled: Scaled) -> list[Made]:
         poor = [tokens < self.solver.min_tokens for tokens in problem.tokens]
-        plain = self.solver.fall_back(problem)
-        found = plain if all(poor) else self.solver.solve(problem)
+        given = scaled.problem(batch, problem)
+        unprepared = self.solver.fall_back(problem)
+        plain = unprepared if given is problem else self.solver.fall_back(given)
+        found = plain if all(poor) else self.solver.solve(given)
         reasons = list(found.unsolved or [None] * len(batch))
         reasons = [
             f"{tokens} tokens" if few else reason
@@ -115,9 +129,12 @@ class Solving:
         made: list[Made] = []
         for index, group in enumerate(batch):
             source = found if reasons[index] is None else plain
-            one = problem.of(index)
-            errors = relative_errors(one, source.values[index : index + 1])
-            before = relative_errors(one, plain.values[index : index + 1])
+            one, only = problem.of(index), slice(index, index + 1)
+            reached = source.values[only]
+            if given is not problem:
+                reached = scaled.undone(batch[only], one, reached)
+            errors = relative_errors(one, reached)
+            before = relative_errors(one, unprepared.values[only])
             damping = found.damping[index] if found.damping and reasons[index] is None else None
             begin = 0
             for place, matrix in enumerate(group):
@@ -131,6 +148,7 @@ class Solving:
                     "tensor": ref.name, "form": str(matrix.work.codec.name), "error": errors[place],
                     "error_plain": before[place], "zeros": int((values == 0).sum()) / values.numel(),
                     "tokens": problem.tokens[index], "damping": damping, "fallback": reasons[index],
+                    **scaled.told.get(ref.name, {}),
                 })  # fmt: skip
         return made
 

@@ -60,6 +60,8 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
+    from surgery.codecs.ops import Operand
+
 Norm = Literal["rms", "relative"]
 
 
@@ -108,20 +110,44 @@ class Assembly:
 
         if native.cpu().library is None:
             return None
-        operands = []
-        for ref in inputs:
-            raw = {part.key: ref.raw(part, start, stop, context) for part in ref.parts}
-            ref.check_finite(raw, context)
-            operands.append(operand(ref.codec, ref.shape, start, stop, raw))
+        tile = _Tile(inputs, start, stop)
+        if context.several:
+            tile = context.buffers.recall((*map(id, inputs), start, stop), lambda: tile)
+        operands = tile.operands(context)
         dtype, ue8m0 = result_dtype(target.codec), isinstance(target.codec, Fp8Block) and target.codec.ue8m0
-        result, sums = ops.assemble(operands, self.weights, dtype, squares=self.threshold == 0, ue8m0=ue8m0)
-        return stored(target.codec, result), () if sums is None else totals(sums)
+        squares = self.threshold == 0 and tile.sums is None
+        result, sums = ops.assemble(operands, self.weights, dtype, squares=squares, ue8m0=ue8m0)
+        if sums is not None:
+            tile.sums = totals(sums)
+        return stored(target.codec, result), (tile.sums or ()) if self.threshold == 0 else ()
 
     def metrics(self, sums: Sums, numel: int) -> dict[str, Any]:
         return {"weights": numel, "distance": as_json(distances(sums, numel, self.labels))}
 
     def lineage(self) -> dict[str, Any]:
         return {"op": AssemblyOfExperts.op, "weights": list(self.weights), "threshold": self.threshold}
+
+
+class _Tile:
+    """The same rows of all inputs, and the sums that do not depend on the weights: read and added up once,
+    however many children are made of them."""
+
+    def __init__(self, inputs: Sequence[StoredRef], start: int, stop: int) -> None:
+        self._inputs = inputs
+        self._rows = start, stop
+        self._operands: list[Operand] = []
+        self.sums: Sums | None = None
+
+    def operands(self, context: ReadContext) -> list[Operand]:
+        """Raises CheckpointError for NaN and infinity where the context forbids them."""
+        if not self._operands:
+            found = []
+            for ref in self._inputs:
+                raw = {part.key: ref.raw(part, *self._rows, context) for part in ref.parts}
+                ref.check_finite(raw, context)
+                found.append(operand(ref.codec, ref.shape, *self._rows, raw))
+            self._operands = found
+        return self._operands
 
 
 class AssemblyOfExperts(Operator):

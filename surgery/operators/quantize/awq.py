@@ -4,23 +4,39 @@
 
 x̄ is the mean |x| of an input, w̄ the mean over rows of |w| / max|w| of its group, r = 0, 1/20, … 19/20.
 The s is kept whose error at the outputs of all linears that share the input is least, and no scaling is
-among the candidates. 1/s is folded into what produces the input. After that, group by group, the range of a
-row's weights is clipped to 1 − i/20 of it, i = 0 … 9, by the error of the group's own inputs.
+among the candidates. 1/s is folded into what produces the input (`folds.py` says into what). After that,
+group by group, the range of a row's weights is clipped to 1 − i/20 of it, i = 0 … 9, by the error of the
+group's own inputs. All searches of a layer are on its weights and inputs as they were.
 
-Deviation: AutoAWQ measures at the module that consumes the input, on samples; here the error is exact over
-all tokens and measured at the linears themselves through the Gram matrix, tr(D H Dᵀ).
+Deviations: AutoAWQ measures at the module that consumes the input, on samples; here the error is exact over
+all tokens and measured at the linears themselves through the Gram matrix, tr(D H Dᵀ). A norm is stored in few
+bits, so that columns are multiplied by what the stored norm was divided by, not by s itself: the fold is
+exact. Inputs that never occur keep the scale 1. AutoAWQ leaves queries and keys unclipped, as it measures
+them apart; here they are clipped like the rest. It quantizes asymmetrically in groups of 128
+(`symmetric: false`); the default here is that of the other quantizing operators.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
+from pydantic import Field, model_validator
 
 from surgery.codecs.grid import GridMethod
 from surgery.codecs.schemes import IntScheme
+from surgery.operators.layerwise.operator import MatrixOperator
+from surgery.operators.layerwise.problem import Problem, Solved
 from surgery.operators.layerwise.reconstruction import output_squares
+from surgery.operators.layerwise.scaled import Prepare, Scaled, Stacked
+from surgery.operators.layerwise.select import by_layer
+from surgery.operators.quantize.folds import APART, BY_DESIGN, UNKNOWN, Fold, LayerFolds, layer_folds
+from surgery.operators.quantize.precision import Precision, int_scheme_of
 from surgery.operators.quantize.rtn import rtn
+from surgery.stream.checkpoint import Checkpoint, Event, TensorRef
+from surgery.stream.spool import Made
 
 STEPS = 20
 
@@ -63,10 +79,13 @@ def weight_means(weights: torch.Tensor, scheme: IntScheme) -> torch.Tensor:
 def candidate_scales(inputs: torch.Tensor, means: torch.Tensor) -> torch.Tensor:
     """The scales [1 + 20, B, C] that are tried, all 1 first, from mean |x| and w̄ [B, C]."""
     found = [torch.ones_like(means)]
+    seen = inputs > 0
     for i in range(STEPS):
         ratio = i / STEPS
         scales = (inputs.pow(ratio) / (means.pow(1 - ratio) + 1e-4)).clamp(min=1e-4)
-        found.append(scales / (scales.amax(-1, keepdim=True) * scales.amin(-1, keepdim=True)).sqrt())
+        high = scales.masked_fill(~seen, 0).amax(-1, keepdim=True)
+        low = scales.masked_fill(~seen, torch.inf).amin(-1, keepdim=True)
+        found.append(torch.where(seen, scales / (high * low).sqrt(), 1))
     return torch.stack(found)
 
 
@@ -115,3 +134,150 @@ def clip(weights: torch.Tensor, limits: torch.Tensor) -> torch.Tensor:
     """Weights [B, R, C] within the limits [B, R, groups] of their groups."""
     grouped = weights.view(*limits.shape, -1)
     return grouped.clamp(-limits[..., None], limits[..., None]).flatten(-2)
+
+
+@dataclass(frozen=True)
+class Search:
+    """Finds the scales of a wave's matrices, and folds them. `folds` are those of each layer."""
+
+    folds: Mapping[int, LayerFolds]
+    min_tokens: int
+    scale_dtype: torch.dtype
+
+    def __call__(self, layer: int, refs: Sequence[TensorRef], stacked: Stacked) -> Scaled:
+        current = {ref.name: ref for ref in refs}
+        known = self.folds.get(layer, LayerFolds())
+        found = Scaled()
+        for batch, problem in stacked:
+            for index, group in enumerate(batch):
+                names = [matrix.ref.name for matrix in group]
+                fold, reason = _fold_of(known, names)
+                ratio = None
+                if fold is not None and problem.tokens[index] >= self.min_tokens:
+                    ratio = self._scale(problem.of(index), names, fold, current, found)
+                found.told |= {name: {"ratio": ratio, "unscaled": reason} for name in names}
+        return found
+
+    def _scale(
+        self,
+        problem: Problem,
+        names: Sequence[str],
+        fold: Fold,
+        current: Mapping[str, TensorRef],
+        found: Scaled,
+    ) -> float | None:
+        """Scale the matrices of a problem of one; the ratio, None where no scaling is best."""
+        best = awq(
+            problem.weights, problem.known_gram, problem.magnitudes / problem.tokens[0],
+            int_scheme_of(problem), scale_dtype=self.scale_dtype,
+        )  # fmt: skip
+        ratio, scales = best.ratios[0], best.scales[0]
+        if ratio is None:
+            return None
+        if fold.norm is not None:
+            made, scales = divided(current[fold.norm], scales)
+            found.made.append(made)
+        if fold.rows is not None:
+            found.rows[fold.rows] = 1 / scales
+        if fold.bias is not None:
+            found.made.append(divided(current[fold.bias], scales)[0])
+        found.columns |= dict.fromkeys(names, scales)
+        return ratio
+
+
+def divided(ref: TensorRef, scales: torch.Tensor) -> tuple[Made, torch.Tensor]:
+    """A vector [C] divided by scales, in the form that it has, and what the stored values were divided by:
+    1 where they are 0, or would be."""
+    values = ref.read()
+    wanted = values / scales.to(values.device, values.dtype)
+    stored = _stored(ref, wanted)
+    lost = (stored == 0) | ~stored.isfinite()
+    wanted = torch.where(lost, values, wanted)
+    stored = torch.where(lost, values, stored)
+    exact = torch.where(stored == 0, 1, values / stored)
+    return Made(ref, ref.codec, ref.codec.encode(wanted)), exact.to(scales)
+
+
+def _stored(ref: TensorRef, values: torch.Tensor) -> torch.Tensor:
+    """The values as readers of the tensor's form have them."""
+    return ref.codec.decode(ref.shape, 0, ref.rows, ref.codec.encode(values))
+
+
+def _fold_of(known: LayerFolds, names: Sequence[str]) -> tuple[Fold | None, str | None]:
+    """The fold of matrices that share an input, or the reason why they have none."""
+    fold = known.folds.get(names[0])
+    if fold is None:
+        return None, known.reasons.get(names[0], UNKNOWN)
+    return (fold, None) if fold.readers == set(names) else (None, APART)
+
+
+class AWQ(Precision, MatrixOperator):
+    """Params of `quantize.awq`."""
+
+    op: ClassVar[str] = "quantize.awq"
+
+    scale: bool = Field(default=True, strict=True)
+    """Scale inputs where that can be folded into what makes them."""
+    clip: bool = Field(default=True, strict=True)
+    """Clip the range of each group."""
+    max_shrink: float = Field(default=0.5, gt=0, lt=1)
+    """The largest share of a group's range that clipping may take away."""
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        self.check_whole_numbers()
+        if self.sequential:
+            raise ValueError(
+                f"`sequential`: {self.op} chooses all scales of a layer on the layer as it was; leave it out"
+            )
+        return self
+
+    def prepare(self, checkpoint: Checkpoint) -> Prepare | None:
+        if not self.scale:
+            return None
+        return Search(self._folds(checkpoint), self.min_tokens, getattr(torch, self.scale_dtype))
+
+    def may_change(self, checkpoint: Checkpoint) -> frozenset[str]:
+        if not self.scale:
+            return frozenset()
+        return frozenset().union(*(each.beside for each in self._folds(checkpoint).values()))
+
+    def solve(self, problem: Problem) -> Solved:
+        weights, scheme = problem.weights, int_scheme_of(problem)
+        scale_dtype = getattr(torch, self.scale_dtype)
+        if self.clip:
+            limits = clip_limits(
+                weights, problem.known_gram, scheme, scale_dtype=scale_dtype, max_shrink=self.max_shrink
+            )
+            weights = clip(weights, limits)
+        found = rtn(weights, scheme, scale_dtype=scale_dtype)
+        return Solved(found.values(), found)
+
+    def fall_back(self, problem: Problem) -> Solved:
+        found = rtn(problem.weights, int_scheme_of(problem), scale_dtype=getattr(torch, self.scale_dtype))
+        return Solved(found.values(), found)
+
+    def events_of(self, rows: Sequence[Mapping[str, Any]]) -> tuple[Event, ...]:
+        names: dict[str, list[str]] = {}
+        for row in rows:
+            reason = row.get("unscaled")
+            if reason is not None and reason not in BY_DESIGN:
+                names.setdefault(reason, []).append(row["tensor"])
+        return (
+            *super().events_of(rows),
+            *(
+                Event(
+                    "fallback", f"{self.op}: {len(tensors)} matrices could not be scaled: {reason}",
+                    tuple(tensors),
+                )
+                for reason, tensors in names.items()
+            ),
+        )  # fmt: skip
+
+    def _folds(self, checkpoint: Checkpoint) -> dict[int, LayerFolds]:
+        config = {**checkpoint.config, **(checkpoint.config.get("text_config") or {})}
+        found: dict[int, LayerFolds] = {}
+        for layer, refs in by_layer(checkpoint).items():
+            works = {ref.name: work for ref in refs if (work := self.work(ref)) is not None}
+            found[layer] = layer_folds(refs, works, config, checkpoint.architecture.experts)
+        return found

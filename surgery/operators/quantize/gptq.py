@@ -22,7 +22,7 @@ from pydantic import Field, model_validator
 
 from surgery.codecs.column_sweep import BlockGrid
 from surgery.codecs.grid import Grid, GridMethod, Quantized, fit_grid
-from surgery.codecs.schemes import FloatScheme, IntScheme, parse_scheme
+from surgery.codecs.schemes import IntScheme
 from surgery.operators.layerwise.hessian import Factors, factorize
 from surgery.operators.layerwise.operator import MatrixOperator
 from surgery.operators.layerwise.problem import Problem, Solved
@@ -112,10 +112,7 @@ class GPTQ(Precision, MatrixOperator):
 
     @model_validator(mode="after")
     def _whole_numbers(self) -> Self:
-        named = [self.scheme, *self.schemes.values()]
-        for text in named:
-            if text is not None and isinstance(parse_scheme(text), FloatScheme):
-                raise ValueError(f"`{text}`: {self.op} rounds to whole numbers; quantize.rtn takes {text}")
+        self.check_whole_numbers()
         return self
 
     @property

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field, field_validator, model_validator
 
 from surgery.codecs.forms import ScaleDtype, codec_of
-from surgery.codecs.schemes import IntScheme, Scheme, parse_scheme
+from surgery.codecs.schemes import FloatScheme, IntScheme, Scheme, parse_scheme
 from surgery.errors import PlanError
 from surgery.operators.layerwise.operator import check_groups, check_plain, quantized_config
 from surgery.operators.layerwise.problem import Problem, Work
@@ -98,6 +98,12 @@ class Precision(Operator):
     def config_after(self, checkpoint: Checkpoint, tensors: Mapping[str, TensorRef]) -> Mapping[str, Any]:
         """The config with the quantization_config of these tensors."""
         return quantized_config(checkpoint.config, tensors)
+
+    def check_whole_numbers(self) -> None:
+        """Raises ValueError for schemes that are none of whole numbers."""
+        for text in (self.scheme, *self.schemes.values()):
+            if text is not None and isinstance(parse_scheme(text), FloatScheme):
+                raise ValueError(f"`{text}`: {self.op} rounds to whole numbers; quantize.rtn takes {text}")
 
     def _parsed(self, text: str) -> Scheme | None:
         return parse_scheme(text, max(0, self.group_size), self.symmetric)
