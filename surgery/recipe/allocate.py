@@ -119,7 +119,7 @@ class Allocation:
         notes = {entry: _told(units) for entry, units in entries.items()}
         head = [
             f"Bits by layer and role, chosen by `surgery allocate` under a budget of {self.budget.text}:",
-            f"{task.bpw(self.nbytes):.4g} bits per weight, quantized matrices of {format_bytes(self.nbytes)}.",
+            f"{task.bpw(self.nbytes):.4g} bits per weight, {format_bytes(self.nbytes)} in all.",
             "Behind each entry: where it holds, and the relative squared error of the outputs there,",
             f"rounded to nearest. They sum to {self.error:.4g}.",
         ]

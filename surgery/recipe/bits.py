@@ -64,9 +64,6 @@ def open_task(
     for name in OWN:
         if name in given.model_fields_set:
             raise UsageError(f"`{name}` is what is to be found", hint="name the candidates with --schemes")
-    if given.mtp != "keep":
-        raise UsageError("bits are chosen for layers that a walk goes through, the MTP layer stays as it is",
-                         hint="set `mtp: rtn` in the recipe that is written")  # fmt: skip
     parsed: dict[str, Scheme] = {}
     for text in schemes:
         try:
@@ -102,23 +99,13 @@ class Task:
         from surgery.operators.layerwise.operator import check_groups
         from surgery.operators.layerwise.problem import Work
 
+        self._check_experts()
         found: dict[int, list[Matrix]] = {}
-        parts: dict[tuple[int, str], set[bool]] = {}
         for layer, matrices in self.walking.matrices(self.checkpoint).items():
             for matrix in matrices:
-                role: str = matrix.ref.info.role
-                free = self.walking.entry_of(matrix.ref) is None
-                parts.setdefault((layer, role), set()).add(free)
-                if free:
-                    work = Work(matrix.ref.codec, role)
+                if self.walking.entry_of(matrix.ref) is None:
+                    work = Work(matrix.ref.codec, matrix.ref.info.role)
                     found.setdefault(layer, []).append(matrix._replace(work=work))
-        for (layer, role), kinds in parts.items():
-            if role == "routed_expert" and len(kinds) > 1:
-                raise PlanError(
-                    f"some experts' matrices of layer {layer} are settled and others are not: a layer's "
-                    "experts share one scheme",
-                    hint="settle all of them (routed_expert, layers:…), or none",
-                )
         if not found:
             raise PlanError("every matrix is settled: there is nothing to choose")
         for scheme in self.schemes.values():
@@ -146,6 +133,21 @@ class Task:
             for (layer, role), refs in members.items()
         )  # fmt: skip
 
+    def _check_experts(self) -> None:
+        """Refuse to choose for some of a layer's experts alone."""
+        from surgery.operators.layerwise.select import is_matrix
+
+        settled: dict[int | None, bool] = {}
+        for ref in self.checkpoint.tensors.values():
+            if ref.info.role == "routed_expert" and not ref.info.mtp and is_matrix(ref):
+                entry = self.walking.entry_of(ref)
+                if settled.setdefault(ref.info.layer, entry is not None) != (entry is not None):
+                    raise PlanError(
+                        f"some experts' matrices of layer {ref.info.layer} are settled and others are not: "
+                        "a layer's experts share one scheme",
+                        hint="settle all of them (routed_expert, layers:…), or none",
+                    )
+
     @property
     def least(self) -> int:
         """Bytes of the units at the fewest bits."""
@@ -161,7 +163,17 @@ class Task:
         """Bytes of the output's weight files but for the units: headers, and what is settled or stays. Raises
         PlanError where the candidates cannot stand in one checkpoint."""
         count = len(self.schemes)
-        apply_format(self._outlined([number % count for number in range(len(self.units))]), self.form)
+        mixed = [number % count for number in range(len(self.units))]
+        try:
+            apply_format(self._outlined(mixed), self.form)
+        except PlanError as error:
+            kept = (
+                any(ref.info.mtp for ref in self.checkpoint.tensors.values()) and self.walking.mtp == "keep"
+            )
+            if not kept:
+                raise
+            hint = "where it is the MTP layer: --set mtp=rtn --set schemes.mtp=int8-g64"
+            raise PlanError(error.message, hint=hint, table=error.table) from error
         largest = [unit.sizes.index(max(unit.sizes)) for unit in self.units]
         return survey(self._outlined(largest), 1 << 62).output_bytes - self.most
 
@@ -171,8 +183,15 @@ class Task:
         free = {name for unit in self.units for name in unit.names}
         found = []
         for ref in self.checkpoint.tensors.values():
-            work = None if ref.info.mtp else self.walking.work(ref)
+            if ref.info.mtp and self.walking.mtp == "keep":
+                continue
+            work = self.walking.work(ref)
             if work is not None and ref.name not in free:
+                if self.walking.entry_of(ref) is None:
+                    raise PlanError(
+                        f"no walk goes through the MTP layer: {ref.name} has no scheme",
+                        hint="give it one: --set schemes.mtp=int8-g64",
+                    )
                 found.append(stored_as(ref, work.codec))
         return found
 
@@ -198,21 +217,29 @@ class Task:
         """Bits per weight of quantized matrices that take so many bytes."""
         return 8 * nbytes / self.weights
 
+    def ends(self) -> dict[str, Any]:
+        """The budgets that can be met, and how many units share them."""
+        found: dict[str, Any] = {"units": len(self.units)}
+        for name, nbytes in (("least", self.least), ("most", self.most)):
+            found[f"{name}_bpw"] = self.bpw(nbytes + self.fixed_bytes)
+            found[f"{name}_output_bytes"] = nbytes + self.beside_bytes
+        return found
+
     def budget(self, text: str) -> Budget:
         """The bytes that a budget leaves for the units. Raises PlanError where they do not suffice."""
-        asked = parse_budget(text)
-        beside = self.beside_bytes
+        asked, beside = parse_budget(text), self.beside_bytes
         if asked.bits is not None:
             asked = replace(asked, nbytes=int(asked.bits * self.weights / 8) - self.fixed_bytes)
         else:
             asked = replace(asked, nbytes=asked.nbytes - beside)
         if asked.nbytes < self.least:
-            ends = " and ".join(
-                f"{self.bpw(each + self.fixed_bytes):.4g}bpw ({format_bytes(each + beside)} of files)"
-                for each in (self.least, self.most)
+            ends = self.ends()
+            least, most = (
+                f"{ends[f'{end}_bpw']:.4g}bpw (files of {format_bytes(ends[f'{end}_output_bytes'])})"
+                for end in ("least", "most")
             )
             raise PlanError(
-                f"{text} is less than these schemes can do: budgets lie between {ends}",
+                f"{text} is less than these schemes can do: budgets lie between {least} and {most}",
                 hint="raise the budget, or name schemes of fewer bits with --schemes",
             )
         return asked
