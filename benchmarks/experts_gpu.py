@@ -25,9 +25,9 @@ from typing import Any
 
 import torch
 
+from surgery.calibrate.carried import StoredForm
 from surgery.calibrate.experts import ExpertBank, RoutedExperts, sort_routing
 from surgery.calibrate.ranks import ONE_RANK
-from surgery.calibrate.state import StoredForm
 from surgery.calibrate.statistics import FIELDS, LayerStatistics, token_contributions
 from surgery.stream.roles import ExpertRules
 

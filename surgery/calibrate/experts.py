@@ -24,8 +24,8 @@ import torch
 from torch import nn
 from torch.nn.functional import linear
 
+from surgery.calibrate.carried import StoredForm, stored_form
 from surgery.calibrate.ranks import ONE_RANK, Ranks
-from surgery.calibrate.state import StoredForm, stored_form
 from surgery.errors import CheckpointError
 
 if TYPE_CHECKING:

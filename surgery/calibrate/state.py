@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING, Any, cast
 
-from surgery.codecs.fp8_block import BLOCK, Fp8Block
+from surgery.codecs.mxfp4 import Mxfp4Blocks
 from surgery.errors import CheckpointError, Table
-from surgery.stream.checkpoint import StoredRef
+from surgery.stream.checkpoint import Part
+from surgery.stream.mxfp4 import value_parts
 
 if TYPE_CHECKING:
     import torch
@@ -55,13 +56,13 @@ def places(refs: Iterable[TensorRef], label: str) -> Iterator[Place]:
     filled: dict[str, int] = {}
     for ref in wanted:
         if ref.is_view:
-            stored = ref.parts[0].stored.name
+            stored = _values(ref).stored.name
             filled[stored] = filled.get(stored, 0) + ref.numel
     for ref in wanted:
         if not ref.is_view:
             yield Place(ref.name, ref.shape, None, ref)
             continue
-        part = ref.parts[0]
+        part = _values(ref)
         if filled[part.stored.name] != prod(part.stored.shape):
             raise CheckpointError(
                 f"{label} holds {filled[part.stored.name]} of the {prod(part.stored.shape)} "
@@ -69,6 +70,11 @@ def places(refs: Iterable[TensorRef], label: str) -> Iterator[Place]:
                 hint="experts of this layer are gone, but not from the tensor that is to hold them",
             )
         yield Place(part.stored.name, part.stored.shape, part.view, ref)
+
+
+def _values(ref: TensorRef) -> Part:
+    """Where the values of a part of a fused tensor go: where they are, or in its unquantized form."""
+    return value_parts(ref)[0] if isinstance(ref.codec, Mxfp4Blocks) else ref.parts[0]
 
 
 def used(checkpoint: Checkpoint) -> list[TensorRef]:
@@ -166,6 +172,8 @@ def decode(ref: TensorRef, dtype: torch.dtype, device: torch.device | None = Non
     import torch
 
     if device is not None and device.type != "cpu":
+        from surgery.calibrate.carried import stored_form
+
         form = stored_form(ref, dtype)
         return form.to(device).values(dtype).view(ref.shape)
     whole = torch.empty(ref.shape, dtype=dtype)
@@ -174,78 +182,3 @@ def decode(ref: TensorRef, dtype: torch.dtype, device: torch.device | None = Non
         for start, stop in ref.tiles():
             rows[start:stop] = ref.read(slice(start, stop)).view(stop - start, -1)
     return whole
-
-
-@dataclass(frozen=True)
-class StoredForm:
-    """A matrix on its way to the device that computes: FP8 codes with their block scales, or values.
-
-    codes [R, C] uint8 with scales [⌈R/128⌉, ⌈C/128⌉] float32, or `plain` of any shape; the others are None.
-    """
-
-    codes: torch.Tensor | None
-    scales: torch.Tensor | None
-    plain: torch.Tensor | None
-
-    @property
-    def nbytes(self) -> int:
-        return sum(each.nbytes for each in self._tensors())
-
-    def _tensors(self) -> tuple[torch.Tensor, ...]:
-        return tuple(each for each in (self.codes, self.scales, self.plain) if each is not None)
-
-    def to(self, device: torch.device) -> StoredForm:
-        """On another device; from pinned memory the copy does not wait."""
-        moved = (
-            each if each is None else each.to(device, non_blocking=True)
-            for each in (self.codes, self.scales, self.plain)
-        )  # fmt: skip
-        return StoredForm(*moved)
-
-    def pinned(self) -> StoredForm:
-        """In page-locked host memory."""
-        moved = (
-            each if each is None else each.pin_memory() for each in (self.codes, self.scales, self.plain)
-        )
-        return StoredForm(*moved)
-
-    def record(self, stream: torch.cuda.Stream) -> None:
-        """Keep the memory until `stream` has come to this point."""
-        for each in self._tensors():
-            each.record_stream(stream)
-
-    def values(self, dtype: torch.dtype) -> torch.Tensor:
-        """Decoded into `dtype`, where it lies."""
-        if self.plain is not None:
-            return self.plain.to(dtype)
-        if self.codes is None or self.scales is None:
-            raise TypeError("FP8 codes without scales")
-        from surgery.codecs.ops import decode_fp8_block
-
-        return decode_fp8_block(self.codes, self.scales, dtype)
-
-    @classmethod
-    def stack(cls, forms: list[StoredForm]) -> StoredForm | None:
-        """Matrices under one another in one form; None where their forms or blocks do not allow it."""
-        import torch
-
-        plain = [each.plain for each in forms if each.plain is not None]
-        if len(plain) == len(forms):
-            return cls(None, None, torch.cat(plain))
-        codes = [each.codes for each in forms if each.codes is not None]
-        scales = [each.scales for each in forms if each.scales is not None]
-        if len(codes) == len(forms) and all(each.shape[0] % BLOCK == 0 for each in codes[:-1]):
-            return cls(torch.cat(codes), torch.cat(scales), None)
-        return None
-
-
-def stored_form(ref: TensorRef, dtype: torch.dtype) -> StoredForm:
-    """A tensor as it is best carried to a device: stored codes as they are, anything else in `dtype`."""
-    import torch
-
-    if isinstance(ref, StoredRef) and isinstance(ref.codec, Fp8Block) and not ref.is_view:
-        raw = {part.key: torch.from_numpy(ref.raw(part, 0, ref.rows)) for part in ref.parts}
-        scales = ref.codec.scales(raw["scale"].numpy(), ref.shape)
-        return StoredForm(raw["weight"].view(ref.shape), scales, None)
-    kept = torch.float32 if ref.codec.name == "f32" else dtype
-    return StoredForm(None, None, decode(ref, kept))

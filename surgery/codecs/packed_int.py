@@ -95,7 +95,7 @@ class PackedInt:
             return self.quantized((stop - start, shape[1]), raw).values()
         from surgery.codecs.packed_ops import decode_stream
 
-        words, scales, zeros = self._stored((stop - start, shape[1]), raw)
+        words, scales, zeros = self.stored((stop - start, shape[1]), raw)
         return decode_stream(words, self.scheme.bits, shape[1], scales, zeros)
 
     def quantized(self, shape: tuple[int, ...], raw: Mapping[str, np.ndarray[Any, Any]]) -> Quantized:
@@ -103,13 +103,13 @@ class PackedInt:
 
         from surgery.codecs.grid import Quantized
 
-        words, scales, zeros = self._stored(shape, raw)
+        words, scales, zeros = self.stored(shape, raw)
         codes = unpack(words, self.scheme.bits, shape[1], padded=self.padded)
         if isinstance(zeros, int):
             zeros = torch.full_like(scales, zeros, dtype=torch.uint8)
         return Quantized(codes, scales, zeros)
 
-    def _stored(
+    def stored(
         self, shape: tuple[int, ...], raw: Mapping[str, np.ndarray[Any, Any]]
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | int]:
         """Words, scales, and zero points (one for all where they are not stored)."""

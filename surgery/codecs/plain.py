@@ -129,7 +129,7 @@ def tensor_bytes(values: torch.Tensor) -> np.ndarray[Any, Any]:
     flat = values.reshape(-1)
     if flat.stride(0) != 1:  # of one element, whose stride may be anything, and no view likes that
         flat = flat.clone(memory_format=torch.contiguous_format)
-    return flat.view(torch.uint8).numpy()
+    return flat.view(torch.uint8).cpu().numpy()
 
 
 def finite_floats(dtype: str, raw: np.ndarray[Any, Any]) -> bool:

@@ -1,14 +1,15 @@
 """Matrices that were solved (sparsified, quantized): how far they are from what they were, layer by layer.
 
 Made from the manifest's measurements of kind `matrices`, whose rows are one matrix each: the relative error
-‖(W − W')X‖ / ‖WX‖ on the calibration data, the same for plain rounding or cutting, zeros, tokens, damping and
-fallback. The figure has the root mean square error of each projection by layer: the layers that suffer most
-stand out (sensitivity).
+‖(W − W')X‖ / ‖WX‖ on the calibration data, the same for plain rounding or cutting, zeros, tokens, damping,
+fallback, and where inputs are scaled the ratio of AWQ. The figure has the root mean square error of each
+projection by layer: the layers that suffer most stand out (sensitivity).
 """
 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from math import sqrt
 from typing import Any
@@ -45,10 +46,20 @@ def in_words(op: str, rows: Sequence[Row]) -> list[str]:
     zeros = sum(float(row["zeros"]) for row in rows) / len(rows)
     if op.startswith("sparsify."):
         found.append(f"{zeros:.1%} of their weights are zero.")
+    if "ratio" in rows[0]:
+        found.append(_scaled(rows))
     fallen = sum(row["fallback"] is not None for row in rows)
     if fallen:
         found.append(f"{fallen:,} were treated without their inputs; the events say why.")
     return found
+
+
+def _scaled(rows: Sequence[Row]) -> str:
+    """How many matrices have scaled inputs, and why others have none."""
+    scaled = sum(row["ratio"] is not None for row in rows)
+    reasons = Counter(str(row["unscaled"]) for row in rows if row["unscaled"] is not None)
+    apart = "".join(f"; {count:,} could not be: {reason}" for reason, count in reasons.most_common())
+    return f"The inputs of {scaled:,} are scaled{apart}."
 
 
 def rms(rows: Sequence[Row], key: str) -> float:

@@ -9,7 +9,8 @@ import tiny_models
 import torch
 
 import surgery
-from surgery.calibrate.state import decode_state, stored_form
+from surgery.calibrate.carried import stored_form
+from surgery.calibrate.state import decode_state
 from surgery.codecs.fp8_scaled import Fp8Scaled
 from surgery.codecs.packed_int import PackedInt
 from surgery.codecs.plain import Plain

@@ -174,3 +174,11 @@ def test_importing_it_loads_no_torch() -> None:
     code = "import sys, surgery.evaluate.run; print({'torch', 'transformers'} & set(sys.modules))"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "set()"
+
+
+def test_the_function_of_the_api_stays_one_once_its_modules_are_loaded() -> None:
+    import surgery
+
+    for _ in range(2):
+        with pytest.raises(UsageError, match="nothing to measure"):
+            surgery.evaluate(["model"])

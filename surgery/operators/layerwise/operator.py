@@ -25,7 +25,7 @@ from surgery.errors import CheckpointError, PlanError
 from surgery.operators.protocol import Decision, LayerOperator, Participant, RunContext, record_step
 from surgery.stream.checkpoint import Checkpoint, Event, TensorRef
 from surgery.stream.files import StoredTensor, file_hash
-from surgery.stream.formats import stored_as
+from surgery.stream.recode import stored_as
 
 if TYPE_CHECKING:
     from surgery.calibrate.walk import Walk

@@ -178,7 +178,7 @@ def packed(codec: Codec, values: torch.Tensor, codes: Quantized | None) -> Mappi
         return {**codec.encode(values.cpu().contiguous()), **constants}
     if not isinstance(codec, IntCodec):
         raise TypeError(f"{codec.name} stores no codes")
-    return {**codec.pack(Quantized(*(each.cpu().contiguous() for each in codes))), **constants}
+    return {**codec.pack(Quantized(*(each.contiguous() for each in codes))), **constants}
 
 
 def open_spools(folder: Path, files: Mapping[str, str]) -> dict[str, StoredTensor]:

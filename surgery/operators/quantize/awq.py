@@ -178,7 +178,7 @@ class Search:
             made, scales = divided(current[fold.norm], scales)
             found.made.append(made)
         if fold.rows is not None:
-            found.rows[fold.rows] = 1 / scales
+            found.rows[fold.rows] = fold.spread(scales, current[fold.rows].shape[0])
         if fold.bias is not None:
             found.made.append(divided(current[fold.bias], scales)[0])
         found.columns |= dict.fromkeys(names, scales)
