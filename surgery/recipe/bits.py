@@ -20,7 +20,8 @@ from surgery.recipe.build import outline
 from surgery.recipe.entries import UnitScheme, scheme_entries
 from surgery.recipe.load import one_step
 from surgery.stream.checkpoint import Checkpoint, TensorRef
-from surgery.stream.formats import Format, apply_format, stored_as
+from surgery.stream.formats import Format, apply_format
+from surgery.stream.recode import stored_as
 from surgery.stream.source import open_checkpoint
 from surgery.stream.survey import survey
 from surgery.stream.units import format_bytes
