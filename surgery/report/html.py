@@ -22,6 +22,7 @@ from surgery.report.experts import expert_sections, map_key
 from surgery.report.figures import Stack, comparison_chart, coverage_bars
 from surgery.report.heatmap import common_scale, describe_place, heat_legend, heat_map, in_order
 from surgery.report.matrices import matrix_sections
+from surgery.report.ratios import ratio_sections
 from surgery.report.summary import base_of, percent, pruned_to, summarise
 from surgery.report.svg import category
 from surgery.stream.units import format_bytes
@@ -55,6 +56,7 @@ def render_report(manifest: Mapping[str, Any], evaluation: Mapping[str, Any] | N
         coverage=_coverage(manifest),
         experts=expert_sections(manifest),
         expert_key=map_key(),
+        ratios=ratio_sections(manifest),
         matrices=matrix_sections(manifest),
         parents=_parents(manifest),
         files=(manifest.get("output") or {}).get("files") or {},

@@ -109,17 +109,22 @@ def sensitivity(places: Mapping[str, Mapping[int, Sequence[Row]]]) -> Markup:
         name: [(layer, rms(rows, "error")) for layer, rows in sorted(layers.items())]
         for name, layers in places.items()
     }
-    points = [point for curve in curves.values() for point in curve]
+    return layer_curves(curves, "relative error of each projection's output, by layer")
+
+
+def layer_curves(curves: Mapping[str, Sequence[tuple[int, float]]], label: str) -> Markup:
+    """Lines over the layers from (layer, value) by name; values are 0 or more."""
+    points = [point for each in curves.values() for point in each]
     if not points:
         return Markup("")
     last = max(max(layer for layer, _ in points), 1)
-    top = round_up(max(error for _, error in points) or 1.0)
+    top = round_up(max(value for _, value in points) or 1.0)
     bottom = _HEIGHT - _BOTTOM
 
-    def at(layer: int, error: float) -> tuple[float, float]:
+    def at(layer: int, value: float) -> tuple[float, float]:
         return (
             _LEFT + (_WIDTH - _LEFT - _RIGHT) * layer / last,
-            bottom - (bottom - _TOP) * error / top,
+            bottom - (bottom - _TOP) * value / top,
         )
 
     drawn: list[Markup] = []
@@ -132,12 +137,10 @@ def sensitivity(places: Mapping[str, Mapping[int, Sequence[Row]]]) -> Markup:
         places_on = [at(*point) for point in curve]
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places_on)
         drawn.append(element("polyline", points=path, fill="none", stroke=category(index), stroke_width=2))
-        for (layer, error), (x, y) in zip(curve, places_on, strict=True):
-            tip = element("title", f"{name}, layer {layer}: {error:.3g}")
+        for (layer, value), (x, y) in zip(curve, places_on, strict=True):
+            tip = element("title", f"{name}, layer {layer}: {value:.3g}")
             drawn.append(element("circle", tip, cx=x, cy=y, r=3.0, fill=category(index)))
-    return figure(
-        _WIDTH, _HEIGHT, "relative error of each projection's output, by layer", *drawn, least_width=640
-    )
+    return figure(_WIDTH, _HEIGHT, label, *drawn, least_width=640)
 
 
 def _range(layers: Mapping[int, Sequence[Row]], key: str) -> tuple[str, str]:

@@ -189,6 +189,7 @@ def _rounded_scales(tensors: Mapping[str, TensorRef]) -> tuple[Event, ...]:
         if isinstance(ref, ComputedRef)
         and isinstance(ref.kernel, Recode)
         and isinstance(ref.inputs[0], StoredRef)
+        and isinstance(ref.inputs[0].codec, IntCodec)
         and isinstance(ref.codec, IntCodec)
         and scales_change(ref.inputs[0].codec, ref.codec)
     )
