@@ -25,7 +25,7 @@ from surgery.evaluate.run import evaluate
 from surgery.stream.checkpoint import Checkpoint
 
 TEXTS = ("prose-valid.jsonl", "code-valid.jsonl", "math-valid.jsonl", "wikitext2-test.txt")
-SEQUENCES, CONTEXT, WINDOWS = 32, 512, 12
+SEQUENCES, CONTEXT, WINDOWS = 12, 512, 8
 
 
 def calibration(data: Path) -> dict[str, Any]:
@@ -56,10 +56,12 @@ def sparsified(model: Checkpoint, given: dict[str, Any]) -> Iterator[tuple[str, 
     yield "sparsegpt 50 % + int4-g64, jointly", joint
 
 
-def quantized(model: Checkpoint, given: dict[str, Any]) -> Iterator[tuple[str, Checkpoint]]:
+def quantized(
+    model: Checkpoint, given: dict[str, Any], groups: list[int]
+) -> Iterator[tuple[str, Checkpoint]]:
     family = surgery.quantize
     for bits in (8, 4, 3, 2):
-        for group in (128, 64):
+        for group in groups:
             amount = {"bits": bits, "group_size": group}
             yield f"rtn int{bits} g{group}", family.rtn(model, **amount)
             yield f"gptq int{bits} g{group}", family.gptq(model, calibration=given, **amount)
@@ -77,20 +79,25 @@ def quantized(model: Checkpoint, given: dict[str, Any]) -> Iterator[tuple[str, C
         yield f"rtn {scheme}", family.rtn(model, scheme=scheme)
 
 
-def measured(name: str, child: Checkpoint, model: Checkpoint, data: Path) -> dict[str, Any]:
-    row: dict[str, Any] = {"method": name}
+def measured(children: dict[str, Checkpoint], model: Checkpoint, data: Path) -> list[dict[str, Any]]:
+    """Rows of all children; every text is read, and the dense model loaded, once."""
+    rows: dict[str, dict[str, Any]] = {name: {"method": name} for name in children}
     for text in TEXTS:
+        models = {"(dense)": model, **children}
         found = evaluate(
-            {"child": child, "parent": model}, text=data / text, parent="parent", context=CONTEXT,
-            max_windows=WINDOWS,
-        )  # fmt: skip
-        score = next(each for each in found.rows if each.name == "child")
-        row[text.partition(".")[0]] = score.perplexity.value if score.perplexity else float("nan")
-        row["KL " + text.partition("-")[0]] = score.divergence.kl.value if score.divergence else 0.0
-    changed = [ref for ref in child.tensors.values() if ref.codec != model.tensors[ref.name].codec]
-    weights = sum(ref.numel for ref in changed)
-    row["bits"] = 8 * sum(ref.nbytes for ref in changed) / weights if weights else None
-    return row
+            models, text=data / text, parent="(dense)", context=CONTEXT, max_windows=WINDOWS, threads=1
+        )
+        short = text.partition("-")[0]
+        for score in found.rows:
+            row = rows.setdefault(score.name, {"method": score.name})
+            row[short] = score.perplexity.value if score.perplexity else float("nan")
+            row[f"KL {short}"] = score.divergence.kl.value if score.divergence else 0.0
+    for name, child in children.items():
+        changed = [ref for ref in child.tensors.values() if ref.codec != model.tensors[ref.name].codec]
+        weights = sum(ref.numel for ref in changed)
+        rows[name]["bits"] = 8 * sum(ref.nbytes for ref in changed) / weights if weights else ""
+    rows["(dense)"]["bits"] = ""
+    return [rows["(dense)"], *(row for name, row in rows.items() if name != "(dense)")]
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -107,20 +114,23 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("data", type=Path)
     parser.add_argument("--set", dest="which", choices=("sparsify", "quantize", "all"), default="all")
+    parser.add_argument("--groups", type=int, nargs="+", default=[128, 64], help="group sizes")
     parser.add_argument("--only", default="", help="methods whose name holds this")
     parser.add_argument("--json", type=Path, help="write the rows there as well")
     given = parser.parse_args()
     begun = time.time()
     model = surgery.open(given.model)
     data = calibration(given.data)
-    rows = [measured("(dense)", model.replace(label="dense"), model, given.data)]
-    for family, variants in (("sparsify", sparsified), ("quantize", quantized)):
-        if given.which not in (family, "all"):
-            continue
-        for name, child in variants(model, data):
+    children: dict[str, Checkpoint] = {}
+    found: list[tuple[str, Iterator[tuple[str, Checkpoint]]]] = [
+        ("sparsify", sparsified(model, data)), ("quantize", quantized(model, data, given.groups))
+    ]  # fmt: skip
+    for family, variants in found:
+        for name, child in variants if given.which in (family, "all") else ():
             if given.only in name:
-                rows.append(measured(name, child, model, given.data))
-                print(json.dumps(rows[-1]), flush=True)
+                children[name] = child
+                print(f"{time.time() - begun:6.0f} s  {name}", flush=True)
+    rows = measured(children, model, given.data)
     if given.json:
         given.json.write_text(json.dumps(rows, indent=1), encoding="utf-8")
     machine = platform.processor() or platform.machine()

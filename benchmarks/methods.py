@@ -1,8 +1,10 @@
-"""Merge methods against mergekit in the same run: wall seconds and peak memory of each program.
+"""Merge methods against mergekit in the same run: time and peak memory of each program, medians.
 
-    python benchmarks/methods.py --mergekit PATH/TO/mergekit-yaml [--gb 2.94] [--work FOLDER] [CASE …]
+    python benchmarks/methods.py --mergekit MERGEKIT-YAML [--gb 2.94] [--repeat 3] [--work FOLDER] [CASE …]
 
-A base and two bf16 Llama-shaped models of random weights; both programs read one mergekit YAML. Warm cache.
+A base and two bf16 Llama-shaped models of random weights; both programs read one mergekit YAML, in turn. Warm
+cache. Processor seconds (user and system) stand beside wall seconds: on a machine that is not idle they are
+the fairer figure, and the load average says how idle it was. `cp` copies a file of the output's size.
 """
 
 from __future__ import annotations
@@ -15,10 +17,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from statistics import median
+from typing import Any, NamedTuple
 
 import torch
 import yaml
@@ -75,16 +78,44 @@ def cases(work: Path) -> dict[str, dict[str, Any]]:
     }
 
 
-def measured(command: Sequence[str], out: Path) -> tuple[float, int]:
-    """Wall seconds and peak RSS in bytes of one process; its output folder is removed."""
+class Run(NamedTuple):
+    """One process: wall and processor seconds, peak RSS in bytes."""
+
+    wall: float
+    cpu: float
+    rss: int
+
+
+def measured(command: Sequence[str], out: Path) -> Run:
+    """Run a command; what it wrote is removed."""
     begin = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)
-    seconds = time.perf_counter() - begin
+    wall = time.perf_counter() - begin
     if status:
         raise SystemExit(f"failed: {' '.join(command)}")
-    shutil.rmtree(out, ignore_errors=True)
-    return seconds, usage.ru_maxrss * 1024
+    if out.is_dir():
+        shutil.rmtree(out)
+    else:
+        out.unlink()
+    return Run(wall, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024)
+
+
+def medians(runs: Sequence[Run]) -> Run:
+    walls, cpus, peaks = zip(*runs, strict=True)
+    return Run(median(walls), median(cpus), int(median(peaks)))
+
+
+def row(name: str, runs: Mapping[str, Sequence[Run]]) -> str:
+    """A line of the table; `runs` are ours, cp's and perhaps mergekit's."""
+    ours, copy = medians(runs["ours"]), medians(runs["cp"])
+    cells = [f"{ours.wall:.1f}", f"{ours.cpu:.1f}", f"{ours.rss / 1e6:.0f}", f"{ours.wall / copy.wall:.1f}"]
+    if "mergekit" in runs:
+        theirs = medians(runs["mergekit"])
+        cells += [f"{theirs.wall:.1f}", f"{theirs.cpu:.1f}", f"{theirs.rss / 1e6:.0f}"]
+        cells += [f"1/{theirs.wall / ours.wall:.1f}", f"1/{theirs.cpu / ours.cpu:.1f}"]
+        cells += [f"1/{theirs.rss / ours.rss:.1f}"]
+    return f"| {name} | " + " | ".join(cells) + " |"
 
 
 def main() -> None:
@@ -93,7 +124,8 @@ def main() -> None:
     )
     parser.add_argument("--mergekit", help="the program mergekit-yaml; without it ours alone is timed")
     parser.add_argument("--gb", type=float, default=2.94)
-    parser.add_argument("--work", type=Path)
+    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--work", type=Path, help="a folder with room for the base, two models and an output")
     parser.add_argument("cases", nargs="*", metavar="CASE")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=arguments.work) as temporary:
@@ -102,23 +134,29 @@ def main() -> None:
         writer = get_context("spawn").Process(target=write_models, args=(work, arguments.gb))
         writer.start()
         writer.join()
-        begin = time.perf_counter()
-        shutil.copyfile(work / "a" / "model.safetensors", work / "copy")
-        print(f"cp: {time.perf_counter() - begin:.2f} s for {(work / 'copy').stat().st_size / 1e9:.2f} GB")
-        print("| method | ours s | ours MB | mergekit s | mergekit MB | time | memory |")
-        print("|---|---|---|---|---|---|---|")
+        model, copy = work / "a" / "model.safetensors", work / "copy"
+        print(f"output {model.stat().st_size / 1e9:.2f} GB, {arguments.repeat} turns, load {os.getloadavg()}")
+        columns = ["method", "s", "CPU s", "MB", "x cp"]
+        if arguments.mergekit:
+            columns += ["mergekit s", "CPU s", "MB", "time", "CPU", "memory"]
+        print("| " + " | ".join(columns) + " |\n" + "|---" * len(columns) + "|", flush=True)
         for name, config in cases(work).items():
             if arguments.cases and name not in arguments.cases:
                 continue
             path, out = work / f"{name}.yaml", work / "out"
             path.write_text(yaml.safe_dump({**config, "dtype": "bfloat16"}))
-            ours = measured([sys.executable, "-m", "surgery", "run", str(path), "-o", str(out), "-q"], out)
-            row = f"| {name} | {ours[0]:.1f} | {ours[1] / 1e6:.0f} |"
+            commands = {
+                "cp": (["cp", str(model), str(copy)], copy),
+                "ours": ([sys.executable, "-m", "surgery", "run", str(path), "-o", str(out), "-q"], out),
+            }
             if arguments.mergekit:
-                theirs = measured([arguments.mergekit, str(path), str(out)], out)
-                row += f" {theirs[0]:.1f} | {theirs[1] / 1e6:.0f} | 1/{theirs[0] / ours[0]:.1f} |"
-                row += f" 1/{theirs[1] / ours[1]:.1f} |"
-            print(row, flush=True)
+                commands["mergekit"] = ([arguments.mergekit, str(path), str(out)], out)
+            runs: dict[str, list[Run]] = {program: [] for program in commands}
+            for _ in range(arguments.repeat):  # in turn, so that what else the machine does meets all
+                for program, (command, target) in commands.items():
+                    runs[program].append(measured(command, target))
+            print(row(name, runs), flush=True)
+        print(f"load {os.getloadavg()}")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ Each case writes two parents, FOLDER/base and FOLDER/other:
                 sparse bodies: for planning alone, since every weight reads as zero.
     v3-sample   the same architecture and matrix sizes with one dense layer, one MoE layer, the MTP layer, a
                 small vocabulary, and as many experts as make SIZE; FP8 codes and scales that decode.
+    v3-half     the same at half of V3's hidden size with six experts: 0.69 GB each, for sweeps.
     many-small  Qwen3-30B-A3B's 18,867 tensors at a hidden size of 64: 78 MB in bf16.
     one-big     a dense bf16 model of 3.1 GB whose tied embedding alone is 1.5 GB.
 
@@ -145,6 +146,23 @@ def v3_sample(folder: Path, size_bytes: int) -> None:
     while sum(e.nbytes for e in v3_entries(_sample_shape(experts))) < size_bytes:
         experts += 1
     shape = _sample_shape(experts)
+    for seed, parent in enumerate(PARENTS):
+        config = _v3_config(shape) | {"n_group": 1, "topk_group": 1}
+        write_parent(folder / parent, list(v3_entries(shape)), config, shards=4, source=RandomBytes(seed))
+
+
+def v3_half(folder: Path) -> None:
+    """Two parents of 0.69 GB each, with random FP8 weights."""
+    shape = V3Shape(
+        layers=2,
+        dense=1,
+        experts=6,
+        vocab=4096,
+        hidden=3584,
+        intermediate=9216,
+        moe_intermediate=1536,
+        heads=64,
+    )  # fmt: skip
     for seed, parent in enumerate(PARENTS):
         config = _v3_config(shape) | {"n_group": 1, "topk_group": 1}
         write_parent(folder / parent, list(v3_entries(shape)), config, shards=4, source=RandomBytes(seed))
@@ -301,11 +319,14 @@ def _write_shard(path: Path, entries: Sequence[Entry], source: RandomBytes | Non
                 source.write(file, entry)
 
 
+CASES = {"v3-half": v3_half, "many-small": many_small, "one-big": one_big}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description="Write a pair of benchmark parents, FOLDER/base and FOLDER/other."
     )
-    parser.add_argument("case", choices=["v3-full", "v3-sample", "many-small", "one-big"])
+    parser.add_argument("case", choices=["v3-full", "v3-sample", *CASES])
     parser.add_argument("folder", type=Path)
     parser.add_argument(
         "--gb", type=float, default=2.5, help="least size of a v3-sample parent in 10^9 bytes"
@@ -314,7 +335,7 @@ def main() -> None:
     if arguments.case == "v3-sample":
         v3_sample(arguments.folder, int(arguments.gb * 1e9))
     else:
-        {"v3-full": v3_full, "many-small": many_small, "one-big": one_big}[arguments.case](arguments.folder)
+        {"v3-full": v3_full, **CASES}[arguments.case](arguments.folder)
 
 
 if __name__ == "__main__":

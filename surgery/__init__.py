@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from surgery.evaluate.run import evaluate
     from surgery.operators.protocol import RunContext
     from surgery.recipe.api import (
+        allocate,
         diff,
         experts,
         inspect,
@@ -42,6 +43,7 @@ __all__ = [
     "Measuring",
     "RunContext",
     "TensorRef",
+    "allocate",
     "diff",
     "evaluate",
     "experts",

@@ -109,6 +109,22 @@ def decode_mxfp4(blocks: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     return values.flatten(-2)
 
 
+def encode_mxfp4(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """float32 [..., groups * 32] -> uint8 blocks [..., groups, 16] and e8m0 scales [..., groups].
+
+    Scale floor(log2(amax)) - 2, one more from a mantissa of 1.75 on; nearest codes, ties to the even one.
+    """
+    groups = values.double().unflatten(-1, (-1, 32))
+    mantissa, power = torch.frexp(groups.abs().amax(-1))
+    exponent = power - 3 + (mantissa >= 0.875).int()
+    scaled = groups / torch.exp2(exponent.double()).unsqueeze(-1)
+    order = torch.tensor([0, 2, 4, 6, 1, 3, 5, 7])  # argmin takes the first of equals
+    levels = torch.tensor(E2M1[:8], dtype=torch.float64)[order]
+    codes = order[(scaled.abs().unsqueeze(-1) - levels).abs().argmin(-1)] + 8 * torch.signbit(scaled)
+    blocks = codes[..., ::2] + 16 * codes[..., 1::2]
+    return blocks.to(torch.uint8), (exponent + 127).to(torch.uint8)
+
+
 def weighted_sum(parents: Sequence[torch.Tensor], weights: Sequence[float]) -> torch.Tensor:
     """((w0*p0) + (w1*p1)) + ... in the order given, each product and each sum rounded to float32."""
     total: torch.Tensor | None = None

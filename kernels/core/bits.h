@@ -5,8 +5,10 @@
 
 #if defined(__CUDACC__)
 #define SURGERY_FN static __host__ __device__ __forceinline__
+#define SURGERY_MEMBER __host__ __device__ __forceinline__
 #else
 #define SURGERY_FN static inline __attribute__((always_inline))
+#define SURGERY_MEMBER inline __attribute__((always_inline))
 #endif
 
 namespace surgery {

@@ -1,9 +1,7 @@
 // See blocks.h. Built with -ffp-contract=off: every product and sum is rounded by itself. The squares
 // are exact in float64 (24 + 24 bits), so that their sums depend on the order alone: down each
 // column of a block, then halves onto halves.
-#include "blocks.h"
-
-#include "../core/e4m3.h"
+#include "runs.h"
 
 using namespace surgery;
 
@@ -37,25 +35,6 @@ void decode(const uint8_t* codes, const float* scales, void* out, int32_t kind, 
             else
                 decode_run<0>(codes + at, scale, out, kind, at, (int)left);
         }
-    }
-}
-
-template <int WIDTH>
-inline __attribute__((always_inline)) void load_run(const void* parent, int32_t kind, float scale, int64_t at,
-                                                    int width, float* __restrict to) {
-    const int n = WIDTH ? WIDTH : width;
-    if (kind == FP8_BLOCK) {
-        const uint8_t* from = (const uint8_t*)parent + at;
-#pragma GCC ivdep
-        for (int c = 0; c < n; ++c) to[c] = e4m3_to_float(from[c]) * scale;
-    } else if (kind == BF16) {
-        const uint16_t* from = (const uint16_t*)parent + at;
-#pragma GCC ivdep
-        for (int c = 0; c < n; ++c) to[c] = bf16_to_float(from[c]);
-    } else {
-        const float* from = (const float*)parent + at;
-#pragma GCC ivdep
-        for (int c = 0; c < n; ++c) to[c] = from[c];
     }
 }
 
@@ -98,37 +77,11 @@ void combine_block(const Combine& job, int64_t block, int height, int width, int
             begun = true;
         }
         if (!job.out) continue;
-        if (job.out_kind == FP8_BLOCK) {
-#pragma GCC ivdep
-            for (int c = 0; c < n; ++c) {
-                const int32_t magnitude = finite_magnitude(total[c]);
-                amax = magnitude > amax ? magnitude : amax;
-            }
-        } else if (job.out_kind == BF16) {
-            uint16_t* __restrict to = (uint16_t*)job.out + at;
-#pragma GCC ivdep
-            for (int c = 0; c < n; ++c) to[c] = float_to_bf16(total[c]);
-        } else {
-            memcpy((float*)job.out + at, total, sizeof(float) * n);
-        }
+        keep_run<WIDTH>(job, total, at, width, &amax);
     }
-    if (job.out && job.out_kind == FP8_BLOCK) {
-        const float scale = block_scale(float_of((uint32_t)amax), job.ue8m0);
-        job.out_scales[block] = scale;
-        for (int r = 0; r < height; ++r) {
-            uint8_t* __restrict to = (uint8_t*)job.out + corner + r * job.cols;
-            const float* from = tile + r * BLOCK;
-#pragma GCC ivdep
-            for (int c = 0; c < n; ++c) to[c] = float_to_e4m3(from[c] / scale);
-        }
-    }
+    if (job.out && job.out_kind == FP8_BLOCK) encode_block<WIDTH>(job, block, height, width, corner, tile, amax);
     if (job.sums) {
-        for (int32_t i = 0; i < job.count; ++i) {
-            double* lane = lanes + i * BLOCK;
-            for (int half = BLOCK / 2; half; half /= 2)
-                for (int c = 0; c < half; ++c) lane[c] += lane[c + half];
-            job.sums[block * job.count + i] = lane[0];
-        }
+        for (int32_t i = 0; i < job.count; ++i) job.sums[block * job.count + i] = folded(lanes + i * BLOCK);
     }
 }
 

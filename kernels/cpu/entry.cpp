@@ -1,35 +1,16 @@
 // The C interface: picks the loops for this processor and shares the work out to threads. Rows and
 // blocks are independent of one another, so that results do not depend on the number of threads.
-#include <thread>
-#include <vector>
-
 #include "blocks.h"
+#include "dispatch.h"
 
 namespace {
 
 const Loops& loops() {
 #if defined(__x86_64__)
-    __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
-        return surgery_loops_avx512;
-    if (__builtin_cpu_supports("avx2")) return surgery_loops_avx2;
+    if (best_set() == AVX512) return surgery_loops_avx512;
+    if (best_set() == AVX2) return surgery_loops_avx2;
 #endif
     return surgery_loops_portable;
-}
-
-template <typename Work>
-void share(int64_t items, int32_t threads, Work work) {
-    if (threads > items) threads = (int32_t)items;
-    if (threads <= 1) {
-        work((int64_t)0, items);
-        return;
-    }
-    std::vector<std::thread> others;
-    for (int32_t t = 1; t < threads; ++t)
-        others.emplace_back(work, items * t / threads, items * (t + 1) / threads);
-    work((int64_t)0, items / threads);
-    for (auto& other : others) other.join();
 }
 
 }  // namespace

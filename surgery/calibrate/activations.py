@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from surgery.stream.writer import disk_error
+from surgery.stream.writer import disk_error, write_json
 
 GENERATIONS = 2
 _NAME = re.compile(r"snapshot-(\d{5})\.json")
@@ -85,14 +85,9 @@ def write_snapshot(folder: Path, layer: int, hidden: Activations, state: Mapping
                 file.write(raw[begin : begin + _PIECE].data)
             file.flush()
             os.fsync(file.fileno())
-        temporary = text.with_suffix(".tmp")
-        with open(temporary, "w", encoding="utf-8") as file_:
-            json.dump({"layer": layer, "bytes": raw.size, **state}, file_)
-            file_.flush()
-            os.fsync(file_.fileno())
-        os.rename(temporary, text)
     except OSError as error:
         raise disk_error(error, data) from error
+    write_json(text, {"layer": layer, "bytes": raw.size, **state})
 
 
 def _clear(folder: Path) -> None:

@@ -11,7 +11,10 @@ from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING, Any, cast
 
+from surgery.codecs.mxfp4 import Mxfp4Blocks
 from surgery.errors import CheckpointError, Table
+from surgery.stream.checkpoint import Part
+from surgery.stream.mxfp4 import value_parts
 
 if TYPE_CHECKING:
     import torch
@@ -53,13 +56,13 @@ def places(refs: Iterable[TensorRef], label: str) -> Iterator[Place]:
     filled: dict[str, int] = {}
     for ref in wanted:
         if ref.is_view:
-            stored = ref.parts[0].stored.name
+            stored = _values(ref).stored.name
             filled[stored] = filled.get(stored, 0) + ref.numel
     for ref in wanted:
         if not ref.is_view:
             yield Place(ref.name, ref.shape, None, ref)
             continue
-        part = ref.parts[0]
+        part = _values(ref)
         if filled[part.stored.name] != prod(part.stored.shape):
             raise CheckpointError(
                 f"{label} holds {filled[part.stored.name]} of the {prod(part.stored.shape)} "
@@ -67,6 +70,11 @@ def places(refs: Iterable[TensorRef], label: str) -> Iterator[Place]:
                 hint="experts of this layer are gone, but not from the tensor that is to hold them",
             )
         yield Place(part.stored.name, part.stored.shape, part.view, ref)
+
+
+def _values(ref: TensorRef) -> Part:
+    """Where the values of a part of a fused tensor go: where they are, or in its unquantized form."""
+    return value_parts(ref)[0] if isinstance(ref.codec, Mxfp4Blocks) else ref.parts[0]
 
 
 def used(checkpoint: Checkpoint) -> list[TensorRef]:

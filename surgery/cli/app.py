@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import typer
 
 from surgery.cli import (
+    allocate,
     convert,
     demo,
     demonstrate,
@@ -39,6 +40,7 @@ app = typer.Typer(
 )
 run.register(app)
 one_step.register(app)
+allocate.register(app)
 demonstrate.register(app)
 sweep.register(app)
 look.register(app)

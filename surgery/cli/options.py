@@ -44,7 +44,7 @@ CalibrationFiles = Annotated[
 ]
 OutputFormat = Annotated[
     str,
-    typer.Option("--format", help="source (as the step stores it), bf16, fp8-block, …"),
+    typer.Option("--format", help="source (as the step stores it), bf16, compressed-tensors, gptq, awq, …"),
 ]
 Threads = Annotated[int | None, typer.Option("--threads", min=1, help="Worker threads (default: all cores).")]
 

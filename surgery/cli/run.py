@@ -104,14 +104,17 @@ def resumable() -> Iterator[None]:
 
 def show_result(output: Output, folder: Path, manifest: Any) -> None:
     """What was written, where every tensor came from, and how far the parents are apart."""
-    from surgery.report.by_role import distance_rows
+    from surgery.report.by_role import cosines_in_words, distance_rows, norm_rows
     from surgery.report.matrices import in_words, matrix_tables
+    from surgery.report.ratios import ratio_tables, ratios_in_words
     from surgery.stream.units import format_bytes
 
+    norms = norm_rows(manifest)
     if output.json:
         keys = ("schema", "output", "coverage", "dropped", "events", "inputs", "run")
         kept = {key: manifest[key] for key in keys}
-        output.document({"folder": str(folder), **kept, "distances": distance_rows(manifest)})
+        measured = {"distances": distance_rows(manifest), "task_vectors": norms}
+        output.document({"folder": str(folder), **kept, **measured})
         return
     output.events(manifest["events"])
     coverage_table(output, "Where the tensors come from", manifest["coverage"])
@@ -122,9 +125,18 @@ def show_result(output: Output, folder: Path, manifest: Any) -> None:
     if distances:
         columns = ("parent", "role", "rms", "relative", "measured")
         output.table("Distance of the parents from the base", columns, distances, right=(2, 3))
+    if norms:
+        columns = ("source", "role", "norm", "rms", "cosine")
+        lengths = [
+            (row["source"], row["role"], _figure(row["norm"]), _figure(row["rms"]), cosines_in_words(row))
+            for row in norms
+        ]
+        output.table("Task vectors, the sources less the base", columns, lengths, right=(2, 3))
     for row in manifest["measurements"]:
         if row.get("kind") == "experts":
             output.say(f"{row['op']}: {row['kept']} of {row['experts']} experts stay in each layer")
+    for found in ratio_tables(manifest):
+        output.say(ratios_in_words(found))
     for op, rows in matrix_tables(manifest):
         for sentence in in_words(op, rows):
             output.say(sentence)
@@ -270,7 +282,7 @@ def show_plan(output: Output, planned: Plan) -> None:
             output.say(f"pass {number}      {steps}: reads {read}, writes {written}")
         elif "tokens" in each:
             output.say(
-                f"pass {number}      walk for {steps}: reads {size(each['bytes_read'])}; "
+                f"pass {number}      walk for {steps}{_finds(each)}: reads {size(each['bytes_read'])}; "
                 f"{each['tokens']:,} tokens in {each['dtype']} on {each['device']}"
             )
             if each["reads_of_the_model"] > 2:
@@ -286,6 +298,11 @@ def show_plan(output: Output, planned: Plan) -> None:
             output.say(f"pass {number}      weights for {steps}: reads {size(each['bytes_read'])}")
     if found["dropped"]:
         output.say(f"dropped     {len(found['dropped'])} tensors")
+
+
+def _finds(found: Mapping[str, Any]) -> str:
+    """What a walk is for that changes nothing."""
+    return f" to find {found['finds']}" if "finds" in found else ""
 
 
 def validate(recipe: Recipe, set_: Set = None, json: Json = False) -> None:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from surgery.codecs.codec import WHOLE, PartSpec, Spans, whole_spans
+from surgery.codecs.gptq import half_scales
 from surgery.codecs.plain import all_exponent_bits_set
 from surgery.codecs.schemes import IntScheme
 from surgery.errors import CheckpointError
@@ -80,7 +81,7 @@ class Awq:
         parts = {
             "qweight": _pack(quantized.codes.T),
             "qzeros": _pack(quantized.zeros.T),
-            "scales": quantized.scales.T.to(torch.float16).contiguous(),
+            "scales": half_scales(quantized.scales).T.contiguous(),
         }
         return {key: part.view(-1).view(torch.uint8).numpy() for key, part in parts.items()}
 

@@ -28,6 +28,8 @@ def carries(source: Codec, target: Codec, shape: tuple[int, ...]) -> bool:
         return source.ue8m0 == target.ue8m0 and not scales_change(source, target)
     if len(shape) != 2 or not (isinstance(source, IntCodec) and isinstance(target, IntCodec)):
         return False
+    if getattr(source, "act_order", False):
+        return False  # its groups are no runs of columns
     old, new = source.scheme, target.scheme
     same_groups = old.width(shape[1]) == new.width(shape[1])
     return old.bits == new.bits and same_groups and (old.symmetric or not new.symmetric)

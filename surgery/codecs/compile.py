@@ -34,8 +34,9 @@ SETS = {
         "-mprefer-vector-width=512",
     ),
 }
-LOOPS = ("blocks", "sweep", "packed")
+LOOPS = ("blocks", "sweep", "packed", "merge")
 """Sources that are built once for each instruction set."""
+ENTRIES = ("entry", "merge_entry")
 TIMEOUT_S = 600
 
 
@@ -73,10 +74,13 @@ def cpu_library() -> Path:
     with _workspace() as scratch:
         work = Path(scratch)
         for name in sets:
+            defines = (f"-DSURGERY_SET={name}", f"-DSURGERY_MERGE=surgery_merge_{name}")
             for loops in LOOPS:
                 unit = (str(source / f"{loops}.cpp"), "-o", str(work / f"{loops}-{name}.o"))
-                _run((compiler, *CXX_FLAGS, *SETS[name], f"-DSURGERY_SET={name}", "-c", *unit))
-        _run((compiler, *CXX_FLAGS, "-c", str(source / "entry.cpp"), "-o", str(work / "entry.o")))
+                _run((compiler, *CXX_FLAGS, *SETS[name], *defines, "-c", *unit))
+        for entry in ENTRIES:
+            unit = (str(source / f"{entry}.cpp"), "-o", str(work / f"{entry}.o"))
+            _run((compiler, *CXX_FLAGS, "-c", *unit))
         objects = [str(path) for path in sorted(work.glob("*.o"))]
         _run((compiler, "-shared", "-pthread", *objects, "-o", str(work / target.name)))
         (work / target.name).replace(target)

@@ -120,7 +120,7 @@ class Gptq:
         parts = {
             "qweight": bitstream.pack(quantized.codes, bits).T.contiguous(),
             "qzeros": qzeros.contiguous(),
-            "scales": quantized.scales.T.to(torch.float16).contiguous(),
+            "scales": half_scales(quantized.scales).T.contiguous(),
         }
         return {key: part.view(-1).view(torch.uint8).numpy() for key, part in parts.items()}
 
@@ -185,6 +185,21 @@ class Gptq:
                 hint="the checkpoint is damaged; fetch it again",
             )
         return words.T.contiguous(), scales.T.float().contiguous(), zeros.T.contiguous(), group
+
+
+def half_scales(scales: torch.Tensor) -> torch.Tensor:
+    """Scales in fp16. Raises CheckpointError where one is too small to be anything but 0."""
+    import torch
+
+    half = scales.to(torch.float16)
+    lost = (half == 0) & (scales != 0)
+    if bool(lost.any()):
+        smallest = float(scales[lost].abs().min())
+        raise CheckpointError(
+            f"{int(lost.sum())} scales of a tensor are too small for fp16, the smallest {smallest:.3g}",
+            hint="write output.format=compressed-tensors, which has bf16 scales",
+        )
+    return half
 
 
 def _runs(cols: int, groups: int) -> torch.Tensor:

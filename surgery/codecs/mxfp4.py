@@ -26,6 +26,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from surgery.codecs.codec import PartSpec, Spans
+from surgery.codecs.levels import borders_below
 from surgery.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -55,8 +56,7 @@ def e2m1_codes(values: torch.Tensor) -> torch.Tensor:
     middles = torch.tensor([(low + high) / 2 for low, high in pairwise(MAGNITUDES)])
     # A tie goes to the even code, so the borders below even codes count as theirs.
     middles[1::2] = torch.nextafter(middles[1::2], torch.tensor(0.0))
-    codes = torch.bucketize(values.abs(), middles.to(values.device), out_int32=True).to(torch.uint8)
-    return codes | (torch.signbit(values).to(torch.uint8) << 3)
+    return borders_below(values.abs(), middles) | (torch.signbit(values).to(torch.uint8) << 3)
 
 
 def e8m0_values(exponents: torch.Tensor) -> torch.Tensor:

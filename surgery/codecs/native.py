@@ -165,6 +165,12 @@ def _load_cpu() -> Native:
     library.surgery_cpu_decode.argtypes = (pointer, pointer, pointer, pointer, i32, i64, i64, i32)
     for operation, job in JOBS.items():
         getattr(library, f"surgery_cpu_{operation}").argtypes = (pointer, ctypes.POINTER(job), i32)
+    library.surgery_cpu_tasks.argtypes = (pointer, pointer, i32)
+    library.surgery_cpu_sizes.argtypes = (pointer, pointer, i32)
+    library.surgery_cpu_fusion.argtypes = (pointer, pointer, i32)
+    library.surgery_cpu_products.argtypes = (pointer, pointer, i32, i32)
+    library.surgery_cpu_counting.argtypes = (pointer, pointer)
+    library.surgery_cpu_divergence.argtypes = (pointer, pointer, pointer, i32)
     library.surgery_cpu_isa.restype = ctypes.c_char_p
     return Native(library, f"cpu {library.surgery_cpu_isa().decode()}", compiler=compiler)
 

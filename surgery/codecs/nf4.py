@@ -28,6 +28,7 @@ from math import prod
 from typing import TYPE_CHECKING, Any
 
 from surgery.codecs.codec import WHOLE, PartSpec, Spans, matrix_shape, whole_spans
+from surgery.codecs.levels import borders_below
 from surgery.codecs.plain import all_exponent_bits_set
 from surgery.errors import CheckpointError
 
@@ -62,14 +63,14 @@ LEVELS = (
 
 @dataclass(frozen=True, slots=True)
 class Bnb4:
-    """A 4-bit tensor. `dtype` is what its JSON says that the weights were and are decoded to; `canonical` is
-    False where the JSON is not as bitsandbytes writes it, which leaves no place for ours."""
+    """A 4-bit tensor. `dtype` is what its JSON says that the weights were and are decoded to; `json_bytes`
+    is the length of a JSON that is not as ours, 0 for all others."""
 
     kind: str = "nf4"
     blocksize: int = BLOCK
     dtype: str = "bfloat16"
     nested: bool = False
-    canonical: bool = True
+    json_bytes: int = 0
     decodable: bool = True
 
     @property
@@ -79,7 +80,7 @@ class Bnb4:
 
     @property
     def encodable(self) -> bool:
-        return self.kind == "nf4" and self.canonical and not self.nested
+        return self.kind == "nf4" and not self.nested and not self.json_bytes
 
     @property
     def granule(self) -> int:
@@ -97,7 +98,7 @@ class Bnb4:
             found.append(PartSpec("nested_absmax", ".nested_absmax", "F32", (-(-blocks // NESTED_BLOCK),)))
             found.append(PartSpec("nested_quant_map", ".nested_quant_map", "F32", (256,)))
         state = f".quant_state.bitsandbytes__{self.kind}"
-        return (*found, PartSpec("quant_state", state, "U8", (len(self.state(shape)),)))
+        return (*found, PartSpec("quant_state", state, "U8", (self.json_bytes or len(self.state(shape)),)))
 
     def state(self, shape: tuple[int, ...]) -> bytes:
         """The JSON of a tensor that is not double-quantized."""
@@ -186,6 +187,6 @@ def encode_nf4(values: torch.Tensor, blocksize: int = BLOCK) -> tuple[torch.Tens
         scaled = torch.cat((scaled, (rest / largest).clamp_(-1, 1)))
     if count % 2:
         scaled = torch.nn.functional.pad(scaled, (0, 1))
-    levels = torch.tensor(LEVELS, device=values.device)
-    codes = torch.bucketize(scaled, (levels[:-1] + levels[1:]) / 2, out_int32=True).to(torch.uint8)
+    levels = torch.tensor(LEVELS)
+    codes = borders_below(scaled, (levels[:-1] + levels[1:]) / 2)
     return codes[::2] << 4 | codes[1::2], absmax

@@ -1,4 +1,5 @@
-"""Stored bytes as operands of the native kernels: FP8 blocks and bf16 matrices, without decoding them."""
+"""Stored bytes as operands of the native kernels: FP8 blocks, bf16 and float32 matrices, without decoding
+them."""
 
 from __future__ import annotations
 
@@ -20,7 +21,7 @@ def fusable(codec: Codec) -> bool:
     """Whether the kernels read and write this form as it is stored."""
     if isinstance(codec, Fp8Block):
         return not codec.half_scales
-    return codec == Plain("BF16")
+    return codec in (Plain("BF16"), Plain("F32"))
 
 
 def operand(
@@ -33,7 +34,7 @@ def operand(
 
     if isinstance(codec, Fp8Block):
         return Operand(*codec.tensors(shape, start, stop, raw))
-    values = torch.from_numpy(raw["weight"]).view(torch.bfloat16)
+    values = torch.from_numpy(raw["weight"]).view(result_dtype(codec))
     return Operand(values.view(stop - start, matrix_shape(shape)[1]))
 
 
@@ -41,7 +42,9 @@ def result_dtype(codec: Codec) -> torch.dtype:
     """What `ops.assemble` calls this form."""
     import torch
 
-    return torch.uint8 if isinstance(codec, Fp8Block) else torch.bfloat16
+    if isinstance(codec, Fp8Block):
+        return torch.uint8
+    return torch.bfloat16 if codec == Plain("BF16") else torch.float32
 
 
 def stored(codec: Codec, result: Operand) -> dict[str, np.ndarray[Any, Any]]:

@@ -78,16 +78,13 @@ def assemble(
     With `squares`, also ‖p₀‖², ‖p₀ − p₁‖², … by block: float64 [blocks, parents].
     """
     first = parents[0].values
-    for parent in parents:
-        _check(parent, first)
+    check_operands(parents)
     found = library_for(first)
     if not any(weights):
         raise ValueError("every weight is 0")
     if found.library is None or not first.numel():
         return _assemble_by_reference(parents, weights, dtype, squares, ue8m0)
-    shape, device = scale_shape(first.shape), first.device
-    scales = torch.empty(shape, dtype=torch.float32, device=device) if dtype == torch.uint8 else None
-    out = Operand(torch.empty(first.shape, dtype=dtype, device=device), scales)
+    out = empty_result(first, dtype)
     sums = _empty_sums(first, len(parents)) if squares else None
     _combine(found, parents, weights, out, sums, ue8m0)
     return out, sums
@@ -233,17 +230,17 @@ def _empty_sums(like: torch.Tensor, count: int) -> torch.Tensor:
     return torch.empty((down * across, count), dtype=torch.float64, device=like.device)
 
 
-def _combine(
-    found: native.Native,
+def combine_job(
     parents: Sequence[Operand],
     weights: Sequence[float],
     out: Operand | None,
     sums: torch.Tensor | None,
     ue8m0: bool,
-) -> None:
+) -> native.Combine:
+    """The C struct of a weighted sum; what it points to must outlive it."""
     count = len(parents)
     first = parents[0].values
-    job = native.Combine(
+    return native.Combine(
         parents=(ctypes.c_void_p * count)(*(each.values.data_ptr() for each in parents)),
         kinds=(ctypes.c_int32 * count)(*(KINDS[each.values.dtype] for each in parents)),
         scales=(ctypes.c_void_p * count)(*(place(each.scales) for each in parents)),
@@ -257,7 +254,31 @@ def _combine(
         cols=first.shape[1],
         ue8m0=int(ue8m0),
     )
-    call(found, "combine", first.device, ctypes.byref(job))
+
+
+def _combine(
+    found: native.Native,
+    parents: Sequence[Operand],
+    weights: Sequence[float],
+    out: Operand | None,
+    sums: torch.Tensor | None,
+    ue8m0: bool,
+) -> None:
+    job = combine_job(parents, weights, out, sums, ue8m0)
+    call(found, "combine", parents[0].values.device, ctypes.byref(job))
+
+
+def empty_result(like: torch.Tensor, dtype: torch.dtype) -> Operand:
+    """Room for a result of the shape and on the device of `like`."""
+    shape, device = scale_shape(like.shape), like.device
+    scales = torch.empty(shape, dtype=torch.float32, device=device) if dtype == torch.uint8 else None
+    return Operand(torch.empty(like.shape, dtype=dtype, device=device), scales)
+
+
+def check_operands(parents: Sequence[Operand]) -> None:
+    """Refuse parents that a kernel cannot take together. Raises UsageError."""
+    for parent in parents:
+        _check(parent, parents[0].values)
 
 
 def _check(operand: Operand, first: torch.Tensor) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from surgery.codecs.codec import Codec
 from surgery.codecs.fp8_block import BLOCK, Fp8Block
+from surgery.codecs.mxfp4 import GROUP, MAGNITUDES, NAN_EXPONENT, Mxfp4Blocks
 from surgery.codecs.plain import Plain
 
 if TYPE_CHECKING:
@@ -33,6 +34,13 @@ def peek(codec: Codec, rows: int, raw: Mapping[str, Array], columns: int) -> Arr
         scales = scale_values(codec, raw["scale"]).reshape(down, -1)
         spread = scales.repeat(BLOCK, 0)[:rows].repeat(BLOCK, 1)[:, : codes.shape[1]]
         return np.asarray(e4m3_values()[codes] * spread)
+    if isinstance(codec, Mxfp4Blocks) and rows:
+        nibbles = raw["blocks"].reshape(rows, -1)[:, : columns // 2]
+        codes = np.stack((nibbles & 15, nibbles >> 4), axis=2).reshape(rows, -1)
+        magnitudes = np.array(MAGNITUDES, np.float32)
+        values = np.concatenate((magnitudes, -magnitudes))[codes]
+        exponents = raw["scales"].reshape(rows, -1)[:, : columns // GROUP]
+        return np.asarray(values * e8m0_values(exponents).repeat(GROUP, 1))
     return None
 
 
@@ -46,11 +54,18 @@ def plain_values(dtype: str, raw: Array) -> Array:
 
 
 def scale_values(codec: Fp8Block, raw: Array) -> Array:
-    import numpy as np
 
     if codec.scale_dtype == "F8_E8M0":
-        return np.ldexp(np.float32(1), raw.astype(np.int32) - 127).astype(np.float32)
+        return e8m0_values(raw)
     return plain_values(codec.scale_dtype, raw)
+
+
+def e8m0_values(raw: Array) -> Array:
+    """The powers of two of exponent bytes, NaN for 255."""
+    import numpy as np
+
+    powers = np.ldexp(np.float32(1), raw.astype(np.int32) - 127).astype(np.float32)
+    return np.where(raw == NAN_EXPONENT, np.float32(np.nan), powers)
 
 
 def e4m3_values() -> Array:

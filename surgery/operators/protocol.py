@@ -148,6 +148,11 @@ class LayerOperator(Operator):
         """What the walk reads and needs: for plans. Raises what can be known of the data."""
         raise TypeError(f"{type(self).__name__} has no estimate")
 
+    def estimates(self, inputs: Mapping[str, Checkpoint], context: RunContext) -> Sequence[Mapping[str, Any]]:
+        """The needs of each of its walks in order, for an operator that has not just one."""
+        found = self.estimate(inputs, context)
+        return (found,) if found else ()
+
     def walk_key(self) -> tuple[Any, ...] | None:
         """What its walk runs on, and how: operators with equal keys that follow one another share a walk.
         None for one that has no walk, or shares none."""

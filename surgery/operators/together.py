@@ -14,7 +14,7 @@ from surgery.calibrate.data import Calibration, CalibrationSet, read_calibration
 from surgery.calibrate.skeleton import compute_dtype, device_kind, placement
 from surgery.calibrate.threads import torch_threads
 from surgery.calibrate.tokenizer import load_tokenizer
-from surgery.calibrate.walk import Propagate, Walk, WalkSettings, room_for
+from surgery.calibrate.walk import LayerStep, Propagate, Walk, WalkSettings, room_for
 from surgery.errors import CheckpointError
 from surgery.operators.fingerprint import model_fingerprint
 from surgery.operators.protocol import Decision, LayerOperator, RunContext
@@ -33,6 +33,54 @@ class Demonstrations:
         return make_batches(self.found.sequences, BATCH_TOKENS[kind], self.pad)
 
 
+@dataclass(frozen=True)
+class Route:
+    """What a walk goes over, and where it computes."""
+
+    checkpoint: Checkpoint
+    data: Demonstrations
+    context: RunContext
+    device: torch.device
+    dtype: torch.dtype
+    propagate: Propagate
+
+    def fingerprint(self, ops: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """What its results depend on; `ops` are the operators that walk, with their params."""
+        return {
+            **provenance(self.data, self.device, self.dtype, self.propagate),
+            "model": model_fingerprint(self.checkpoint),
+            "ops": list(ops),
+        }
+
+    def walk(self, steps: Sequence[LayerStep], share: float, fingerprint: Mapping[str, Any]) -> Walk:
+        """Walk all layers. `share` of a GPU's free memory goes to a layer's experts."""
+        context, checkpoint = self.context, self.checkpoint
+        weights = sum(ref.numel for ref in checkpoint.tensors.values())
+        with torch_threads(context.threads, weights):
+            keep, room = room_for(checkpoint, self.device, context.memory_bytes, share)
+            settings = WalkSettings(
+                self.device, self.dtype, room_bytes=room, keep=keep,
+                host_bytes=host_share(context.memory_bytes), folder=context.folder,
+                snapshot_seconds=context.snapshot_seconds, ranks=context.ranks,
+                trust_remote_code=context.trust_remote_code, progress=context.progress,
+            )  # fmt: skip
+            walk = Walk(checkpoint, self.data.batches(self.device.type), steps, settings, self.propagate)
+            walk.fingerprint = fingerprint
+            walk.run()
+        return walk
+
+
+def find_route(
+    checkpoint: Checkpoint, calibration: Calibration, propagate: Propagate, context: RunContext
+) -> Route:
+    """The route over a model with its calibration data. Raises CheckpointError for what cannot be computed
+    with."""
+    check_decodable(checkpoint)
+    device, dtype = placement(context.device, context.dtype)
+    data = demonstrations(calibration, checkpoint, context)
+    return Route(checkpoint, data, context, device, dtype, propagate)
+
+
 def walk_together(
     operators: Sequence[LayerOperator], checkpoint: Checkpoint, contexts: Sequence[RunContext]
 ) -> list[Decision]:
@@ -41,35 +89,18 @@ def walk_together(
     key = operators[0].walk_key()
     if key is None or any(operator.walk_key() != key for operator in operators):
         raise ValueError("these operators cannot share a walk")
-    calibration, propagate = walk_needs(key)
-    context = contexts[0]
-    check_decodable(checkpoint)
-    data = demonstrations(calibration, checkpoint, context)
-    device, dtype = placement(context.device, context.dtype)
-    weights = sum(ref.numel for ref in checkpoint.tensors.values())
-    with torch_threads(context.threads, weights):
-        participants = []
-        outlined = checkpoint
-        for operator, own in zip(operators, contexts, strict=True):
-            participants.append(operator.join(outlined, own))
-            outlined = operator.outline({operator.input_names()[0]: outlined}, own)
-        share = min(operator.experts_share for operator in operators)
-        keep, room = room_for(checkpoint, device, context.memory_bytes, share)
-        settings = WalkSettings(
-            device, dtype, room_bytes=room, keep=keep, host_bytes=host_share(context.memory_bytes),
-            folder=context.folder, snapshot_seconds=context.snapshot_seconds, ranks=context.ranks,
-            trust_remote_code=context.trust_remote_code, progress=context.progress,
-        )  # fmt: skip
-        steps = [step for each in participants for step in each.steps]
-        walk = Walk(checkpoint, data.batches(device.type), steps, settings, propagate)
-        walk.fingerprint = {
-            **provenance(data, device, dtype, propagate),
-            "model": model_fingerprint(checkpoint),
-            "ops": [{"op": each.op, "params": each.summary()} for each in operators],
-        }
-        walk.run()
-        found = [each.decision(walk) for each in participants]
-    found[0] = _with_events(found[0], data_events(data.found))
+    route = find_route(checkpoint, *walk_needs(key), contexts[0])
+    participants = []
+    outlined = checkpoint
+    for operator, own in zip(operators, contexts, strict=True):
+        participants.append(operator.join(outlined, own))
+        outlined = operator.outline({operator.input_names()[0]: outlined}, own)
+    steps = [step for each in participants for step in each.steps]
+    share = min(operator.experts_share for operator in operators)
+    ops = [{"op": each.op, "params": each.summary()} for each in operators]
+    walk = route.walk(steps, share, route.fingerprint(ops))
+    found = [each.decision(walk) for each in participants]
+    found[0] = _with_events(found[0], data_events(route.data.found))
     return found
 
 

@@ -20,6 +20,8 @@ from pydantic import ValidationError
 
 from surgery.errors import UsageError
 from surgery.operators.protocol import PREVIOUS, LayerOperator, RunContext
+from surgery.recipe.allocate import SCHEMES, Allocation
+from surgery.recipe.allocate import allocate as allocate_bits
 from surgery.recipe.grid import POINTS, axes_of, points_of
 from surgery.recipe.load import LoadedRecipe, load_recipe, recipe_from_dict
 from surgery.recipe.run import Plan, plan_recipe, run_recipe
@@ -114,6 +116,22 @@ def sweep(
     planned = plan_sweep(lambda more: _load(recipe, [*overrides, *more]), axes, points, Path(out))
     return run_sweep(
         planned, measuring or Measuring(), replace(SaveOptions(), **options), keep=keep, said=said
+    )
+
+
+def allocate(
+    model: str | Path,
+    budget: str,
+    calibration: Any,
+    *,
+    out: str | Path | None = None,
+    schemes: Sequence[str] = SCHEMES,
+    **options: Any,
+) -> Allocation:
+    """Choose bits for each layer and role; `.recipe` of the result is a recipe's text, written to `out` as
+    well. See `surgery.recipe.allocate.allocate` for budget and options."""
+    return allocate_bits(
+        model, budget, calibration, out=None if out is None else Path(out), schemes=schemes, **options
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -131,7 +131,7 @@ def plan_recipe(
         check_apart(out, checkpoint)
         check_disk(plan.disk_bytes, out)
         check_memory(estimate, memory_bytes)
-        check_walks(plan)
+        check_walks(plan.walks)
     return plan
 
 
@@ -141,10 +141,10 @@ def glance_recipe(loaded: LoadedRecipe) -> dict[str, Any]:
     return {"schema": 1, "index_only": True, "parents": [each.as_dict() for each in found]}
 
 
-def check_walks(plan: Plan) -> None:
+def check_walks(walks: Sequence[Mapping[str, Any]]) -> None:
     """Refuse walks on a CPU that need more memory than the machine has."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    for walk in plan.walks:
+    for walk in walks:
         need = walk.get("host_bytes", 0)
         if need > total:
             raise PlanError(
@@ -154,7 +154,7 @@ def check_walks(plan: Plan) -> None:
             )
 
 
-def check_device(plan: Plan, context: RunContext) -> None:
+def check_device(walks: Sequence[Mapping[str, Any]], context: RunContext) -> None:
     """Refuse walks for which the device is not there, or too small."""
     device, _ = placement(context.device, context.dtype)
     if device.type != "cuda":
@@ -162,7 +162,7 @@ def check_device(plan: Plan, context: RunContext) -> None:
     import torch
 
     _, total = torch.cuda.mem_get_info(device)
-    for walk in plan.walks:
+    for walk in walks:
         need = walk.get("device_bytes", 0) - walk.get("parts", {}).get("experts_kept", 0)
         if need > total:
             raise PlanError(
@@ -191,9 +191,9 @@ def run_recipe(
     there = 0 if options.fresh else sum(map(bytes_in, (work_folder(out), walk_folder(out))))
     check_disk(planned.disk_bytes - there, out)
     check_memory(planned.survey, options.memory_bytes)
-    check_walks(planned)
+    check_walks(planned.walks)
     if planned.walks:
-        check_device(planned, context)
+        check_device(planned.walks, context)
     steps = [step.resolved() for step in recipe.steps]
     with walk_place(out, steps, fresh=options.fresh) as folder:
         with joined_ranks() as ranks:

@@ -39,8 +39,11 @@ class Output(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
-    format: Literal["source", "bf16", "fp8-block", "compressed-tensors"] = "source"
-    """`source`: as stored in the base; `compressed-tensors`: quantized weights in its layouts."""
+    format: Literal[
+        "source", "bf16", "fp8-block", "compressed-tensors", "gptq", "gptq-v2", "awq", "bnb-nf4", "mxfp4"
+    ] = "source"
+    """`source`: every tensor as stored in the base; `compressed-tensors`, `gptq`, `awq`: quantized weights in
+    those layouts; `bf16`, `fp8-block`, `bnb-nf4`, `mxfp4`: linear weights rounded to it."""
     tokenizer_from: Name | None = None
     """Whose tokenizer, chat template and generation config the child gets; the base's by default."""
     allow_nonfinite: bool = Field(default=False, strict=True)

@@ -43,8 +43,8 @@ PAGE, TABLE, FIGURE = "sweep.html", "sweep.csv", "sweep.svg"
 class Measuring:
     """What each child is measured on, as `evaluate` takes it; nothing without `tasks` and `text`."""
 
-    tasks: Path | None = None
-    text: Path | None = None
+    tasks: str | Path | None = None
+    text: str | Path | None = None
     limit: int | None = None
     max_new_tokens: int = 512
     answer: str | None = None
@@ -64,8 +64,8 @@ class Measuring:
         """Refuse what would fail for every child. Raises UsageError."""
         compile_pattern(self.answer)
         if self.tasks is not None:
-            read_problems(self.tasks, self.limit)
-        if self.text is not None and not self.text.is_file():
+            read_problems(Path(self.tasks), self.limit)
+        if self.text is not None and not Path(self.text).is_file():
             raise UsageError(f"there is no file {self.text}")
 
     def identity(self) -> dict[str, Any]:
@@ -73,7 +73,8 @@ class Measuring:
         told = {key: value for key, value in asdict(self).items() if key != "threads" and value is not None}
         for name in ("tasks", "text"):
             if name in told:
-                told[name] = {"file": told[name].name, "sha256": file_hash(told[name])}
+                path = Path(told[name])
+                told[name] = {"file": path.name, "sha256": file_hash(path)}
         return told
 
 

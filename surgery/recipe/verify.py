@@ -27,6 +27,7 @@ from surgery.stream.fused import encoded
 from surgery.stream.hub import Hub, pinned
 from surgery.stream.jobs import same_bytes
 from surgery.stream.manifest import read_manifest
+from surgery.stream.packed_configs import packed_contradictions
 from surgery.stream.quantization_configs import contradictions
 from surgery.stream.source import open_checkpoint
 from surgery.stream.spool import MadeRef
@@ -136,7 +137,8 @@ def check_tensors(checkpoint: Checkpoint, manifest: Mapping[str, Any]) -> Check:
 def check_config(checkpoint: Checkpoint) -> Iterator[Check]:
     """What config.json says is what the tensors are."""
     config = checkpoint.config
-    wrong = contradictions(checkpoint.quantization, checkpoint.tensors)
+    quantization, tensors = checkpoint.quantization, checkpoint.tensors
+    wrong = contradictions(quantization, tensors) + packed_contradictions(quantization, tensors)
     text = config.get("text_config") or config
     layers = {ref.info.layer for ref in checkpoint.tensors.values() if not ref.info.mtp} - {None}
     told = text.get("num_hidden_layers")

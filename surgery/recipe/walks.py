@@ -21,7 +21,7 @@ from surgery.errors import PlanError
 from surgery.operators.protocol import PREVIOUS, Decision, LayerOperator, Operator, RunContext
 from surgery.stream.checkpoint import Checkpoint, Event
 from surgery.stream.journal import LOCK, first_difference, lock
-from surgery.stream.writer import disk_error
+from surgery.stream.writer import write_json
 
 DECISION = "decision.json"
 STEPS = "steps.json"
@@ -40,8 +40,7 @@ class Planner:
 
     def apply(self, index: int, operator: Operator, inputs: Mapping[str, Checkpoint]) -> Checkpoint:
         if isinstance(operator, LayerOperator):
-            needs = operator.estimate(inputs, self.context)
-            if needs:
+            for needs in operator.estimates(inputs, self.context):
                 self.walks.append({"step": index, "op": operator.op, **needs})
             return operator.outline(inputs, self.context)
         return operator.apply(inputs)
@@ -203,12 +202,4 @@ def write_decision(path: Path, identity: Mapping[str, Any], decision: Decision) 
         "identity": identity, "data": decision.data, "texts": decision.texts,
         "measurements": decision.measurements, "events": [each.as_dict() for each in decision.events],
     }  # fmt: skip
-    temporary = path.with_suffix(".tmp")
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            json.dump(document, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.rename(temporary, path)
-    except OSError as error:
-        raise disk_error(error, path) from error
+    write_json(path, document)

@@ -1,4 +1,4 @@
-"""Parent distances of a manifest, summed up by role for terminals and JSON."""
+"""Parent distances and task vectors of a manifest by role, for terminals, pages and JSON."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from math import sqrt
 from typing import Any
 
 from surgery.report.distances import Cell, distance_maps
+from surgery.stream.task_vectors import KIND
 
 
 def distance_rows(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -19,6 +20,17 @@ def distance_rows(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
             by_role.setdefault(role, []).append(cell)
         rows.extend(_row(each.parent, role, cells) for role, cells in sorted(by_role.items()))
     return rows
+
+
+def norm_rows(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The rows that a manifest has of task vectors, one per source and role, `all` first."""
+    return [dict(row) for row in manifest.get("measurements") or () if row.get("kind") == KIND]
+
+
+def cosines_in_words(row: Mapping[str, Any]) -> str:
+    """`0.123 with b, …` of one of these rows; empty where no other source was measured."""
+    known = {other: value for other, value in row["cosine"].items() if value is not None}
+    return ", ".join(f"{value:.3f} with {other}" for other, value in known.items())
 
 
 def _row(parent: str, role: str, cells: list[Cell]) -> dict[str, Any]:

@@ -15,12 +15,14 @@ from typing import Any
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from surgery.report.by_role import cosines_in_words, norm_rows
 from surgery.report.comparison import read_evaluation
 from surgery.report.distances import DistanceMap, distance_maps, unplaced_distances
 from surgery.report.experts import expert_sections, map_key
 from surgery.report.figures import Stack, comparison_chart, coverage_bars
 from surgery.report.heatmap import common_scale, describe_place, heat_legend, heat_map, in_order
 from surgery.report.matrices import matrix_sections
+from surgery.report.ratios import ratio_sections
 from surgery.report.summary import base_of, percent, pruned_to, summarise
 from surgery.report.svg import category
 from surgery.stream.units import format_bytes
@@ -50,9 +52,11 @@ def render_report(manifest: Mapping[str, Any], evaluation: Mapping[str, Any] | N
         dropped=manifest.get("dropped") or {},
         comparison=_comparison(manifest, evaluation),
         distance=_distance(manifest),
+        task_vectors=_task_vectors(manifest),
         coverage=_coverage(manifest),
         experts=expert_sections(manifest),
         expert_key=map_key(),
+        ratios=ratio_sections(manifest),
         matrices=matrix_sections(manifest),
         parents=_parents(manifest),
         files=(manifest.get("output") or {}).get("files") or {},
@@ -140,6 +144,21 @@ def _distance(manifest: Mapping[str, Any]) -> dict[str, Any]:
         "legend": heat_legend(scale, gaps) if maps else None,
         "unplaced": unplaced_distances(manifest),
     }
+
+
+def _task_vectors(manifest: Mapping[str, Any]) -> list[tuple[str, str, str, str, str, str]]:
+    """Rows of source, role, norm, RMS, weights and cosines."""
+    return [
+        (
+            str(row["source"]), str(row["role"]), _figure(row["norm"]), _figure(row["rms"]),
+            f"{row['weights']:,}", cosines_in_words(row),
+        )
+        for row in norm_rows(manifest)
+    ]  # fmt: skip
+
+
+def _figure(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.3g}"
 
 
 def _in_words(distances: DistanceMap) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import prod
 from typing import Any
 
 from surgery.codecs.fp8_block import BLOCK, Fp8Block
@@ -59,7 +58,7 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> Inspection:
     cells: dict[tuple[str, bool, str], list[int]] = {}
     for ref in checkpoint.tensors.values():
         cell = cells.setdefault((ref.info.role, ref.info.mtp, ref.codec.name), [0, 0, 0])
-        for index, amount in enumerate((1, parameters(ref), ref.nbytes)):
+        for index, amount in enumerate((1, ref.numel, ref.nbytes)):
             cell[index] += amount
     rows = tuple(RoleRow(*key, *cell) for key, cell in sorted(cells.items()))
     layers = {ref.info.layer for ref in checkpoint.tensors.values()} - {None}
@@ -75,14 +74,6 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> Inspection:
         rows=rows,
         oddities=oddities(checkpoint),
     )
-
-
-def parameters(ref: TensorRef) -> int:
-    """Weights of a tensor; MXFP4 holds two in each byte of its blocks."""
-    blocks = [part for part in ref.parts if part.key == "blocks" and part.view is not None]
-    if blocks:
-        return 2 * prod(blocks[0].view.shape(blocks[0].stored.shape)) if blocks[0].view else 0
-    return ref.numel
 
 
 def oddities(checkpoint: Checkpoint) -> tuple[str, ...]:

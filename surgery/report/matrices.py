@@ -1,14 +1,15 @@
 """Matrices that were solved (sparsified, quantized): how far they are from what they were, layer by layer.
 
 Made from the manifest's measurements of kind `matrices`, whose rows are one matrix each: the relative error
-‖(W − W')X‖ / ‖WX‖ on the calibration data, the same for plain rounding or cutting, zeros, tokens, damping and
-fallback. The figure has the root mean square error of each projection by layer: the layers that suffer most
-stand out (sensitivity).
+‖(W − W')X‖ / ‖WX‖ on the calibration data, the same for plain rounding or cutting, zeros, tokens, damping,
+fallback, and where inputs are scaled the ratio of AWQ. The figure has the root mean square error of each
+projection by layer: the layers that suffer most stand out (sensitivity).
 """
 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from math import sqrt
 from typing import Any
@@ -45,10 +46,20 @@ def in_words(op: str, rows: Sequence[Row]) -> list[str]:
     zeros = sum(float(row["zeros"]) for row in rows) / len(rows)
     if op.startswith("sparsify."):
         found.append(f"{zeros:.1%} of their weights are zero.")
+    if "ratio" in rows[0]:
+        found.append(_scaled(rows))
     fallen = sum(row["fallback"] is not None for row in rows)
     if fallen:
         found.append(f"{fallen:,} were treated without their inputs; the events say why.")
     return found
+
+
+def _scaled(rows: Sequence[Row]) -> str:
+    """How many matrices have scaled inputs, and why others have none."""
+    scaled = sum(row["ratio"] is not None for row in rows)
+    reasons = Counter(str(row["unscaled"]) for row in rows if row["unscaled"] is not None)
+    apart = "".join(f"; {count:,} could not be: {reason}" for reason, count in reasons.most_common())
+    return f"The inputs of {scaled:,} are scaled{apart}."
 
 
 def rms(rows: Sequence[Row], key: str) -> float:
@@ -98,17 +109,22 @@ def sensitivity(places: Mapping[str, Mapping[int, Sequence[Row]]]) -> Markup:
         name: [(layer, rms(rows, "error")) for layer, rows in sorted(layers.items())]
         for name, layers in places.items()
     }
-    points = [point for curve in curves.values() for point in curve]
+    return layer_curves(curves, "relative error of each projection's output, by layer")
+
+
+def layer_curves(curves: Mapping[str, Sequence[tuple[int, float]]], label: str) -> Markup:
+    """Lines over the layers from (layer, value) by name; values are 0 or more."""
+    points = [point for each in curves.values() for point in each]
     if not points:
         return Markup("")
     last = max(max(layer for layer, _ in points), 1)
-    top = round_up(max(error for _, error in points) or 1.0)
+    top = round_up(max(value for _, value in points) or 1.0)
     bottom = _HEIGHT - _BOTTOM
 
-    def at(layer: int, error: float) -> tuple[float, float]:
+    def at(layer: int, value: float) -> tuple[float, float]:
         return (
             _LEFT + (_WIDTH - _LEFT - _RIGHT) * layer / last,
-            bottom - (bottom - _TOP) * error / top,
+            bottom - (bottom - _TOP) * value / top,
         )
 
     drawn: list[Markup] = []
@@ -121,12 +137,10 @@ def sensitivity(places: Mapping[str, Mapping[int, Sequence[Row]]]) -> Markup:
         places_on = [at(*point) for point in curve]
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places_on)
         drawn.append(element("polyline", points=path, fill="none", stroke=category(index), stroke_width=2))
-        for (layer, error), (x, y) in zip(curve, places_on, strict=True):
-            tip = element("title", f"{name}, layer {layer}: {error:.3g}")
+        for (layer, value), (x, y) in zip(curve, places_on, strict=True):
+            tip = element("title", f"{name}, layer {layer}: {value:.3g}")
             drawn.append(element("circle", tip, cx=x, cy=y, r=3.0, fill=category(index)))
-    return figure(
-        _WIDTH, _HEIGHT, "relative error of each projection's output, by layer", *drawn, least_width=640
-    )
+    return figure(_WIDTH, _HEIGHT, label, *drawn, least_width=640)
 
 
 def _range(layers: Mapping[int, Sequence[Row]], key: str) -> tuple[str, str]:

@@ -13,22 +13,23 @@ T = TypeVar("T")
 
 
 class ThreadBuffers(local):
-    """What each thread keeps: one reused buffer, since fresh memory for every copy would cost more than
-    the copy; whole stored tensors that were read ahead, by file and offset; and what the last tile was made
-    from, for the outputs whose same tile comes next."""
+    """What each thread keeps: reused buffers, since fresh memory for every copy would cost more than the
+    copy; whole stored tensors that were read ahead, by file and offset; and what the last tile was made from,
+    for the outputs whose same tile comes next."""
 
     def __init__(self) -> None:
-        self._bytes: np.ndarray[Any, Any] | None = None
+        self._bytes: dict[int, np.ndarray[Any, Any]] = {}
         self.ahead: dict[tuple[int, int], np.ndarray[Any, Any]] = {}
         self._last: tuple[Hashable, Any] | None = None
 
-    def take(self, nbytes: int) -> np.ndarray[Any, Any]:
-        """uint8 [nbytes], valid until this thread asks again."""
+    def take(self, nbytes: int, slot: int = 0) -> np.ndarray[Any, Any]:
+        """uint8 [nbytes], valid until this thread asks for the same slot again."""
         import numpy as np
 
-        if self._bytes is None or self._bytes.size < nbytes:
-            self._bytes = np.empty(nbytes, np.uint8)
-        return self._bytes[:nbytes]
+        held = self._bytes.get(slot)
+        if held is None or held.size < nbytes:
+            held = self._bytes[slot] = np.empty(nbytes, np.uint8)
+        return held[:nbytes]
 
     def recall(self, key: Hashable, make: Callable[[], T]) -> T:
         """What `make` gave when this thread last asked, if it was for the same key; nobody may change it."""

@@ -20,6 +20,7 @@ from surgery.stream.buffers import ThreadBuffers
 from surgery.stream.files import Source, StoredTensor
 from surgery.stream.layouts import View
 from surgery.stream.roles import Architecture, TensorInfo
+from surgery.stream.team import Team
 
 if TYPE_CHECKING:
     import numpy as np
@@ -66,6 +67,8 @@ class ReadContext:
     interpreter's lock to and fro."""
     several: bool = False
     """Whether several outputs are made of the same tiles, one after another (see `ThreadBuffers.recall`)."""
+    team: Team | None = None
+    """While a kernel decides: who helps."""
 
 
 class TensorRef:
@@ -188,9 +191,10 @@ class StoredRef(TensorRef):
         return part
 
     def raw(
-        self, part: Part, start: int, stop: int, context: ReadContext | None = None
+        self, part: Part, start: int, stop: int, context: ReadContext | None = None, slot: int | None = None
     ) -> np.ndarray[Any, Any]:
-        """The stored bytes (uint8) of one part that belong to rows start..stop."""
+        """The stored bytes (uint8) of one part that belong to rows start..stop; with `slot` in that buffer
+        of the context's."""
         import numpy as np
 
         part = self.place(part)
@@ -206,7 +210,10 @@ class StoredRef(TensorRef):
             first, last = self._span(part, start, stop)
             if first == last:
                 return np.empty(0, np.uint8)
-            buffer = np.empty(last - first, np.uint8)
+            if context is None or slot is None:
+                buffer = np.empty(last - first, np.uint8)
+            else:
+                buffer = context.buffers.take(last - first, slot)
             stored.file.read_into(buffer, stored.offset + first)
             return buffer
         slab_nbytes = stored.nbytes // stored.shape[0]
@@ -277,7 +284,7 @@ class Kernel(Protocol):
 class ComputedRef(TensorRef):
     """A tensor to be computed from the same rows of its inputs and stored in the form of `parts`."""
 
-    __slots__ = ("_decision", "_lock", "inputs", "kernel")
+    __slots__ = ("_decision", "_lock", "_team", "inputs", "kernel")
 
     def __init__(self, like: TensorRef, inputs: tuple[TensorRef, ...], kernel: Kernel) -> None:
         super().__init__(like.name, like.shape, like.info, like.codec, like.parts)
@@ -285,6 +292,7 @@ class ComputedRef(TensorRef):
         self.kernel = kernel
         self._decision: Decision | None = None
         self._lock = Lock()
+        self._team: Team | None = None
 
     def with_form(self, codec: Codec, parts: tuple[Part, ...]) -> ComputedRef:
         """The same arithmetic, stored otherwise."""
@@ -293,11 +301,23 @@ class ComputedRef(TensorRef):
         return other
 
     def decision(self, context: ReadContext) -> Decision:
-        """Made once, by whichever thread comes first."""
-        with self._lock:
-            if self._decision is None:
-                self._decision = self.kernel.decide(self.inputs, context)
-            return self._decision
+        """Made once, by whichever thread comes first; those that come meanwhile help."""
+        while (made := self._decision) is None:
+            team = self._team
+            if team is not None:
+                team.help()
+            with self._lock:
+                if self._decision is None:
+                    self._decision = self._decide(context)
+        return made
+
+    def _decide(self, context: ReadContext) -> Decision:
+        self._team = Team()
+        try:
+            return self.kernel.decide(self.inputs, replace(context, team=self._team))
+        finally:
+            self._team.close()
+            self._team = None
 
     def pull(self, start: int, stop: int, context: ReadContext) -> torch.Tensor:
         choice = self.decision(context).copy

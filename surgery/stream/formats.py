@@ -5,36 +5,41 @@ bf16                every floating weight in bf16 (fp32 routers keep fp32), no q
 fp8-block           linear weights of experts, attention and dense MLPs as e4m3 with fp32 128×128 scales
 compressed-tensors  quantized weights in the layouts of compressed-tensors, codes and scales carried over;
                     weights that are not quantized stay as they are
+gptq, awq, …        see `packed_formats`
 
 What config.json says of them is in `quantization_configs`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 from surgery.codecs.carry import scales_change
-from surgery.codecs.codec import Codec, IntCodec
+from surgery.codecs.codec import IntCodec
 from surgery.codecs.fp8_block import Fp8Block
+from surgery.codecs.nf4 import Bnb4
 from surgery.codecs.packed_int import PackedInt
 from surgery.codecs.plain import Opaque, Plain
 from surgery.errors import PlanError, Table
-from surgery.stream.checkpoint import Checkpoint, ComputedRef, Event, Part, StoredRef, TensorRef
+from surgery.stream.checkpoint import Checkpoint, ComputedRef, Event, StoredRef, TensorRef
 from surgery.stream.compressed_config import METHOD
-from surgery.stream.files import StoredTensor
-from surgery.stream.header import tensor_nbytes
-from surgery.stream.loading import loading_limits
+from surgery.stream.loading import loading_limits, packed_limits
+from surgery.stream.packed_configs import awq_config, bnb_config, gptq_config, mxfp4_config
+from surgery.stream.packed_formats import to_awq, to_bnb_nf4, to_gptq, to_gptq_v2, to_mxfp4
 from surgery.stream.quantization_configs import (
     cannot_express,
     contradictions,
     is_compressed,
     quantization_config,
 )
-from surgery.stream.recode import Recode, recode
+from surgery.stream.recode import Recode, stored_as
+from surgery.stream.roles import QUANTIZED_ROLES
 
-Format = Literal["source", "bf16", "fp8-block", "compressed-tensors"]
-FP8_ROLES = frozenset({"routed_expert", "shared_expert", "attention", "dense_mlp"})
+Format = Literal[
+    "source", "bf16", "fp8-block", "compressed-tensors", "gptq", "gptq-v2", "awq", "bnb-nf4", "mxfp4"
+]
+FP8_ROLES = QUANTIZED_ROLES
 ACTIVATION_SCALES = (
     ".input_scale", ".output_scale", ".input_zero_point", ".output_zero_point", ".input_global_scale",
     ".k_scale", ".v_scale",
@@ -46,8 +51,9 @@ def apply_format(checkpoint: Checkpoint, form: Format) -> Checkpoint:
     """The checkpoint in an output format. Raises PlanError where the format cannot express it."""
     if form == "source":
         _refuse_mixed_scales(checkpoint)
+        _refuse_read_only(checkpoint)
         return checkpoint
-    convert = {"bf16": to_bf16, "fp8-block": to_fp8_block, "compressed-tensors": to_compressed_tensors}[form]
+    convert, describe = FORMS[form]
     kept = checkpoint if form == METHOD else without_activation_scales(checkpoint)
     tensors = {name: convert(ref) for name, ref in kept.tensors.items()}
     stuck = [ref for ref in tensors.values() if not ref.codec.decodable and _holds_weights(ref)]
@@ -59,12 +65,11 @@ def apply_format(checkpoint: Checkpoint, form: Format) -> Checkpoint:
             hint="write them as they are with output.format=source",
             table=Table(("tensor", "stored as"), rows),
         )
-    if form == "bf16":
+    if describe is None:
         config = in_bf16(checkpoint.config)
     else:
-        describe = fp8_config if form == "fp8-block" else compressed_config
         config = {**checkpoint.config, "quantization_config": describe(checkpoint, tensors)}
-    limits = loading_limits(tensors) if form == METHOD else ()
+    limits = loading_limits(tensors) if form == METHOD else packed_limits(tensors)
     events = (*kept.events, *_rounded_scales(tensors), *limits)
     return kept.replace(tensors=tensors, config=config, events=events)
 
@@ -129,21 +134,9 @@ def to_compressed_tensors(ref: TensorRef) -> TensorRef:
     if isinstance(codec, Fp8Block):
         dtype = "F32" if codec.scale_dtype == "F8_E8M0" else codec.scale_dtype
         return stored_as(ref, Fp8Block(dtype, codec.ue8m0, suffix="_scale"))
-    if isinstance(codec, IntCodec) and not ref.is_view:
+    if isinstance(codec, IntCodec) and not ref.is_view and not getattr(codec, "act_order", False):
         return stored_as(ref, PackedInt(codec.scheme, codec.scale_dtype))
     raise cannot_express(METHOD, ref)
-
-
-def stored_as(ref: TensorRef, codec: Codec) -> TensorRef:
-    """`ref` under its own name (and in its place of a fused tensor) in the form of `codec`."""
-    parts = []
-    for spec in codec.parts(ref.shape):
-        first = ref.parts[0]
-        name = first.stored.name + spec.suffix if first.view is not None else spec.stored_name(ref.name)
-        shape = first.stored.shape if first.view is not None else spec.shape
-        stored = StoredTensor(name, spec.dtype, shape, tensor_nbytes(spec.dtype, shape))
-        parts.append(Part(spec.key, stored, first.view))
-    return recode(ref, codec, tuple(parts))
 
 
 def fp8_config(checkpoint: Checkpoint, tensors: Mapping[str, TensorRef]) -> Mapping[str, Any]:
@@ -172,6 +165,22 @@ def compressed_config(checkpoint: Checkpoint, tensors: Mapping[str, TensorRef]) 
     return quantization_config(tensors, METHOD)
 
 
+Convert = Callable[[TensorRef], TensorRef]
+Describe = Callable[[Checkpoint, Mapping[str, TensorRef]], Mapping[str, Any]]
+
+FORMS: Mapping[str, tuple[Convert, Describe | None]] = {
+    "bf16": (to_bf16, None),
+    "fp8-block": (to_fp8_block, fp8_config),
+    "compressed-tensors": (to_compressed_tensors, compressed_config),
+    "gptq": (to_gptq, gptq_config),
+    "gptq-v2": (to_gptq_v2, gptq_config),
+    "awq": (to_awq, awq_config),
+    "bnb-nf4": (to_bnb_nf4, bnb_config),
+    "mxfp4": (to_mxfp4, mxfp4_config),
+}
+"""How each format stores a tensor, and what quantization_config it has (None: none)."""
+
+
 def _rounded_scales(tensors: Mapping[str, TensorRef]) -> tuple[Event, ...]:
     """What is lost where codes are carried over to a form that stores narrower scales."""
     names = tuple(
@@ -180,6 +189,7 @@ def _rounded_scales(tensors: Mapping[str, TensorRef]) -> tuple[Event, ...]:
         if isinstance(ref, ComputedRef)
         and isinstance(ref.kernel, Recode)
         and isinstance(ref.inputs[0], StoredRef)
+        and isinstance(ref.inputs[0].codec, IntCodec)
         and isinstance(ref.codec, IntCodec)
         and scales_change(ref.inputs[0].codec, ref.codec)
     )
@@ -204,4 +214,19 @@ def _refuse_mixed_scales(checkpoint: Checkpoint) -> None:
             f"{len(mixed)} tensors mix parents with fp32 and with ue8m0 (power of two) scales, "
             f"first {mixed[0]}",
             hint="choose one with output.format: fp8-block or bf16",
+        )
+
+
+def _refuse_read_only(checkpoint: Checkpoint) -> None:
+    """Some forms are read and copied, but nothing new can be put into them."""
+    stuck = [
+        ref
+        for ref in checkpoint.tensors.values()
+        if isinstance(ref, ComputedRef) and isinstance(ref.codec, Bnb4) and not ref.codec.encodable
+    ]
+    if stuck:
+        raise PlanError(
+            f"{len(stuck)} tensors would be computed and stored as {stuck[0].codec.name}, which is only read "
+            f"and copied, first {stuck[0].name}",
+            hint="write output.format=bnb-nf4 or bf16",
         )

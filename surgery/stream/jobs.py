@@ -14,12 +14,12 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import TYPE_CHECKING, Any, Protocol
 
-from surgery.codecs.codec import matrix_shape
 from surgery.errors import CheckpointError
 from surgery.stream.checkpoint import ComputedRef, Part, ReadContext, StoredRef, TensorRef, nonfinite
 from surgery.stream.files import StoredTensor
 from surgery.stream.fused import encoded
 from surgery.stream.targets import Shard, Target
+from surgery.stream.workspace import tile_bytes
 
 if TYPE_CHECKING:
     import numpy as np
@@ -244,14 +244,6 @@ def same_bytes(donor: TensorRef, ref: TensorRef) -> bool:
         mine.key == other.key and mine.stored.dtype == other.stored.dtype
         for mine, other in zip(donor.parts, ref.parts, strict=True)
     )
-
-
-def tile_bytes(ref: TensorRef, rows: int) -> int:
-    """Peak bytes of computing `rows` rows: raw parts, float32 inputs, and three temporaries."""
-    if isinstance(ref, StoredRef):
-        return ref.nbytes
-    weights = rows * matrix_shape(ref.shape)[1]
-    return weights * (4 * len(ref.sources()) + 4 * (len(ref.sources()) + 3))
 
 
 def compile_jobs(shard: Shard) -> Iterator[Job]:

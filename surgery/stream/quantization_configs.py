@@ -162,8 +162,10 @@ def contradictions(quantization: Mapping[str, Any], tensors: Tensors) -> list[st
         told, found = config.scheme(_module(ref)), group_of(ref.codec)[1]
         if told is None or not _says(told, found):
             wrong.append(f"{ref.name} is stored as {ref.codec.name}, which quantization_config does not say")
+    # Whether a router is a `Linear` depends on who loads it, so a config need not ignore it.
+    routers = {_module(ref) for ref in tensors.values() if ref.info.role == "router"}
     for module in unquantized(tensors):
-        if config.scheme(module) is not None:
+        if module not in routers and config.scheme(module) is not None:
             wrong.append(f"{module} is not quantized, but quantization_config says so")
     return wrong
 

@@ -11,14 +11,19 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from surgery.stream.bitsandbytes import read_bitsandbytes
 from surgery.stream.compressed_tensors import read_compressed_tensors
 from surgery.stream.files import StoredTensor
+from surgery.stream.gptq import read_awq, read_gptq
 from surgery.stream.grouping import Grouping
 
 Reader = Callable[[Mapping[str, StoredTensor], Mapping[str, Any]], Grouping]
 
 READERS: Mapping[str, Reader] = {
+    "awq": read_awq,
+    "bitsandbytes": read_bitsandbytes,
     "compressed-tensors": read_compressed_tensors,
+    "gptq": read_gptq,
 }
 
 

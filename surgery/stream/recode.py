@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from surgery.codecs.carry import carries, carry
 from surgery.codecs.codec import Codec
+from surgery.codecs.mxfp4 import Mxfp4Blocks
+from surgery.codecs.plain import Plain
 from surgery.stream.checkpoint import (
     ComputedRef,
     Decision,
@@ -17,6 +19,9 @@ from surgery.stream.checkpoint import (
     Sums,
     TensorRef,
 )
+from surgery.stream.files import StoredTensor
+from surgery.stream.header import tensor_nbytes
+from surgery.stream.mxfp4 import value_parts
 
 if TYPE_CHECKING:
     import numpy as np
@@ -40,11 +45,11 @@ class Recode:
         return {"op": "recode"}
 
     def fuse(
-        self, inputs: Sequence[StoredRef], target: ComputedRef, start: int, stop: int, context: ReadContext
+        self, inputs: Sequence[TensorRef], target: ComputedRef, start: int, stop: int, context: ReadContext
     ) -> tuple[dict[str, np.ndarray[Any, Any]], Sums] | None:
         """See `surgery.stream.fused.FusedKernel`."""
         source = inputs[0]
-        if not carries(source.codec, target.codec, target.shape):
+        if not isinstance(source, StoredRef) or not carries(source.codec, target.codec, target.shape):
             return None
         raw = {part.key: source.raw(part, start, stop, context) for part in source.parts}
         source.check_finite(raw, context)
@@ -60,65 +65,15 @@ def recode(ref: TensorRef, codec: Codec, parts: tuple[Part, ...]) -> TensorRef:
     return ComputedRef(ref, (ref,), Recode()).with_form(codec, parts)
 
 
-@dataclass(frozen=True)
-class Rounding:
-    """The kernel of a tensor that is stored in fewer bits by rounding, for its own sake: what is computed
-    with, behind it, are the rounded values."""
-
-    op: str
-    codec: Codec
-
-    def decide(self, inputs: Sequence[TensorRef], context: ReadContext) -> Decision:
-        return Decision()
-
-    def combine(self, tiles: Sequence[torch.Tensor]) -> tuple[torch.Tensor, Sums]:
-        tile = tiles[0]
-        return self.codec.decode(tuple(tile.shape), 0, tile.shape[0], self._raw(tile)), ()
-
-    def metrics(self, sums: Sums, numel: int) -> dict[str, Any]:
-        return {}
-
-    def lineage(self) -> dict[str, Any]:
-        return {"op": self.op}
-
-    def stored(self, tile: torch.Tensor, target: Codec) -> dict[str, np.ndarray[Any, Any]]:
-        """Unrounded rows in the form of `target`, which may be another than the one that they are rounded
-        in: codes are carried over, so that nothing is rounded twice."""
-        shape, rows = tuple(tile.shape), tile.shape[0]
-        raw = self._raw(tile)
-        if target == self.codec:
-            return raw
-        if carries(self.codec, target, shape):
-            return carry(self.codec, target, shape, 0, rows, raw)
-        return target.encode(self.codec.decode(shape, 0, rows, raw))
-
-    def _raw(self, tile: torch.Tensor) -> dict[str, np.ndarray[Any, Any]]:
-        return {**self.codec.encode(tile), **self.codec.constants(tuple(tile.shape))}
-
-
-class RoundedRef(ComputedRef):
-    """A matrix rounded in the form of its kernel."""
-
-    __slots__ = ()
-
-    def __init__(self, ref: TensorRef, kernel: Rounding) -> None:
-        super().__init__(ref, (ref,), kernel)
-
-    def with_form(self, codec: Codec, parts: tuple[Part, ...]) -> ComputedRef:
-        other = RoundedRef(self.inputs[0], self._rounding)
-        other.codec, other.parts = codec, parts
-        return other
-
-    @property
-    def granule(self) -> int:
-        return max(super().granule, self._rounding.codec.granule)
-
-    @property
-    def _rounding(self) -> Rounding:
-        if not isinstance(self.kernel, Rounding):
-            raise TypeError(f"{self.kernel!r} does not round")
-        return self.kernel
-
-    def stored(self, start: int, stop: int, context: ReadContext) -> dict[str, np.ndarray[Any, Any]]:
-        """The stored bytes of rows start..stop."""
-        return self._rounding.stored(self.inputs[0].pull(start, stop, context), self.codec)
+def stored_as(ref: TensorRef, codec: Codec) -> TensorRef:
+    """`ref` under its own name (and in its place of a fused tensor) in the form of `codec`."""
+    if isinstance(ref.codec, Mxfp4Blocks) and isinstance(codec, Plain) and ref.is_view:
+        return recode(ref, codec, value_parts(ref, codec.dtype))
+    parts = []
+    for spec in codec.parts(ref.shape):
+        first = ref.parts[0]
+        name = first.stored.name + spec.suffix if first.view is not None else spec.stored_name(ref.name)
+        shape = first.stored.shape if first.view is not None else spec.shape
+        stored = StoredTensor(name, spec.dtype, shape, tensor_nbytes(spec.dtype, shape))
+        parts.append(Part(spec.key, stored, first.view))
+    return recode(ref, codec, tuple(parts))

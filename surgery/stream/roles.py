@@ -34,6 +34,8 @@ Role = Literal[
     "routed_expert", "shared_expert", "router", "attention", "dense_mlp", "norm", "embedding", "head", "other"
 ]
 ROLES: tuple[str, ...] = get_args(Role)
+QUANTIZED_ROLES = frozenset({"routed_expert", "shared_expert", "attention", "dense_mlp"})
+"""Whose linear weights a format of few bits holds; routers, embeddings and heads keep their values."""
 
 _WRAPPERS = frozenset({"model", "language_model", "mtp"})
 

@@ -31,6 +31,7 @@ from surgery.stream.remote import remote_files, traffic
 from surgery.stream.source import collector_paused
 from surgery.stream.survey import Survey, check_disk, check_memory, survey
 from surgery.stream.targets import Shard
+from surgery.stream.task_vectors import norm_rows
 from surgery.stream.writer import disk_error
 
 INDEX = "model.safetensors.index.json"
@@ -262,7 +263,8 @@ def write_rounds(
 ) -> None:
     """Write shards of outputs, round by round, within the memory of `options`."""
     if any(isinstance(ref, ComputedRef) for each in savings for ref in each.checkpoint.tensors.values()):
-        import torch  # noqa: F401  (before the threads start, so that they only compute)
+        with collector_paused():
+            import torch  # noqa: F401  (before the threads start, so that they only compute)
     remote = list(dict.fromkeys(file for each in savings for file in remote_files(each.checkpoint.inputs)))
     peak = max(each.plan.peak_bytes for each in savings)
     done = sum(entry["bytes"] for each in savings for entry in each.finished.values())
@@ -286,8 +288,8 @@ def _complete(
 ) -> dict[str, Any]:
     """Write everything beside the shards; returns the manifest."""
     started = time.time() - (time.monotonic() - options.begun)
-    measurements = [probe.measure() for probe in checkpoint.probes]
     outcomes = {name: each for entry in finished.values() for name, each in entry["tensors"].items()}
+    measurements = [*norm_rows(checkpoint.tensors, outcomes), *(p.measure() for p in checkpoint.probes)]
     weights = {
         shard.name: {"bytes": shard.nbytes, "sha256": finished[shard.name]["sha256"]} for shard in plan.shards
     }

@@ -12,7 +12,6 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from surgery.stream.checkpoint import Checkpoint, Event, Part, StoredRef, quanti
 from surgery.stream.files import DataFile, Source, StoredTensor, natural_key, travels
 from surgery.stream.header import Header, read_header
 from surgery.stream.hub import Hub, Repo, cached_shard, locate
+from surgery.stream.mxfp4 import block_codec
 from surgery.stream.quantized import read_quantized
 from surgery.stream.roles import Architecture, architecture_for
 
@@ -321,6 +321,9 @@ def _fused_ref(name: str, parts: list[Part], architecture: Architecture, label: 
         codec = _plain_codec(first.stored.dtype, {})
         parts = [Part("weight", first.stored, first.view)]
     else:
-        codec = Opaque("MXFP4")
-        shape = (shape[0], prod(shape[1:]))
+        codec, shape, fault = block_codec(tuple(parts))
+        if fault:
+            raise CheckpointError(
+                f"{label}: {first.stored.name}: {fault}", hint="the checkpoint is damaged; fetch it again"
+            )
     return StoredRef(name, shape, architecture.info(name), codec, tuple(parts), label)

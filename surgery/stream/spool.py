@@ -17,8 +17,8 @@ from surgery.codecs.codec import Codec
 from surgery.errors import CheckpointError
 from surgery.stream.checkpoint import ComputedRef, Decision, Part, ReadContext, StoredRef, Sums, TensorRef
 from surgery.stream.files import DataFile, StoredTensor
-from surgery.stream.formats import stored_as
 from surgery.stream.header import build_header, read_header
+from surgery.stream.recode import stored_as
 from surgery.stream.reshape import MovedRef
 from surgery.stream.writer import disk_error
 

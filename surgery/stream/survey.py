@@ -10,9 +10,10 @@ from typing import Any
 
 from surgery.errors import PlanError
 from surgery.stream.checkpoint import Checkpoint, ComputedRef, StoredRef, TensorRef
-from surgery.stream.jobs import CHUNK, tile_bytes
+from surgery.stream.jobs import CHUNK
 from surgery.stream.targets import Apart, Shard, pack, plan_targets
 from surgery.stream.units import format_bytes
+from surgery.stream.workspace import tile_bytes
 
 LEAST_MEMORY = 256_000_000
 

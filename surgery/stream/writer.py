@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -143,6 +144,19 @@ class ShardWriter:
         with self._ready:
             self._ready.wait_for(lambda: self._stopped or self._complete > offset)
             return None if self._stopped else self._complete
+
+
+def write_json(path: Path, document: Any) -> None:
+    """A JSON file that appears under its name when it is whole."""
+    temporary = path.with_suffix(".tmp")
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            json.dump(document, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.rename(temporary, path)
+    except OSError as error:
+        raise disk_error(error, path) from error
 
 
 def disk_error(error: OSError, path: Path) -> SurgeryError:

@@ -13,7 +13,7 @@ from typing import Any
 import factories
 import pytest
 import torch
-from folders import MANIFEST, change_shards, file_hashes
+from folders import MANIFEST, change_shards, file_hashes, opaque_experts
 from tiny_models import write_tokenizer
 from walk_models import Families, demos
 
@@ -225,10 +225,12 @@ def test_tokenizers_that_do_not_serve(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "x.jsonl"]
 
 
-def test_mxfp4_and_calibration(tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = factories.gpt_oss_mxfp4(tmp_path / "model", 1)
+def test_opaque_experts_and_calibration(
+    tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = opaque_experts(factories.qwen3_moe(tmp_path / "model", 1, experts=4))
     assert prune(folder, tmp_path / "out", "--calibration", str(data), "--set", "keep=2") == 4
-    assert "MXFP4" in capsys.readouterr().err
+    assert "hqq" in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["d.jsonl", "model"]
     assert prune(folder, tmp_path / "out", "--op", "experts.random", "--set", "keep=2", "--quiet") == 0
 

@@ -11,6 +11,7 @@ import torch
 
 from surgery.codecs.codec import Codec
 from surgery.codecs.fp8_block import Fp8Block, scale_shape
+from surgery.codecs.mxfp4 import Mxfp4Blocks
 from surgery.codecs.peek import e4m3_values, peek
 from surgery.codecs.plain import ITEMSIZE, Opaque, Plain
 
@@ -72,3 +73,15 @@ def test_the_table_of_codes_is_torchs() -> None:
 
 def test_forms_that_cannot_be_decoded_give_nothing() -> None:
     assert peek(Opaque("MXFP4"), 1, {"blocks": np.zeros(16, np.uint8)}, 128) is None
+
+
+@pytest.mark.parametrize("shape", [(1, 32), (7, 160), (33, 1056)], ids=str)
+def test_mxfp4_of_any_codes(shape: tuple[int, int]) -> None:
+    generator = np.random.default_rng(4)
+    groups = shape[0] * shape[1] // 32
+    raw = {
+        "blocks": generator.integers(0, 256, groups * 16, dtype=np.uint8),
+        "scales": generator.integers(0, 256, groups, dtype=np.uint8),
+    }
+    for columns in (128, 1024):
+        compare(Mxfp4Blocks(), shape, raw, columns)

@@ -11,6 +11,7 @@ from typing import Any
 import factories
 import pytest
 import torch
+from folders import opaque_experts
 from tiny_models import Build, edit_tensors, to_decoded, to_fp8
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
@@ -172,8 +173,8 @@ def test_fused_tensors_must_be_whole(tmp_path: Path) -> None:
 
 
 def test_forms_that_cannot_be_decoded_are_named_before_anything_is_read(tmp_path: Path) -> None:
-    checkpoint = open_checkpoint(factories.gpt_oss_mxfp4(tmp_path / "model", 1))
-    with pytest.raises(CheckpointError, match="MXFP4") as caught:
+    checkpoint = open_checkpoint(opaque_experts(factories.qwen3_moe(tmp_path / "model", 1)))
+    with pytest.raises(CheckpointError, match="hqq") as caught:
         load_model(checkpoint)
     assert caught.value.table is not None
     assert all(".experts." in row[0] for row in caught.value.table.rows)

@@ -9,9 +9,11 @@ from typing import Any
 
 import factories
 import numpy as np
+import packed_folders
 import pytest
 from hub_client import Client, pieces, weights_of
 
+from surgery.codecs.schemes import IntScheme
 from surgery.operators.merge.aoe import AssemblyOfExperts
 from surgery.stream.ahead import LEAST_REQUEST, ReadAhead, ahead_bytes
 from surgery.stream.jobs import compile_jobs
@@ -27,6 +29,8 @@ MADE: dict[str, Callable[..., Path]] = {
     "gpt_oss_bf16": factories.gpt_oss_bf16,
     "gpt_oss_mxfp4": factories.gpt_oss_mxfp4,
     "llama4_text": factories.llama4_text,
+    "llama_nf4": lambda folder, seed: packed_folders.nf4(folder)[0],
+    "llama_gptq": lambda folder, seed: packed_folders.integers(folder, "gptq", IntScheme(4, 32))[0],
 }
 
 
@@ -36,13 +40,11 @@ def test_jobs_read_what_was_foreseen_and_nothing_else(
     client: Client, tmp_path: Path, name: str, weight: float
 ) -> None:
     """Nothing is asked for twice, and nothing beyond the planner's ranges, on every layout."""
-    if name == "gpt_oss_mxfp4" and weight != 1.0:
-        pytest.skip("MXFP4 is only copied")
     folders = {"a": MADE[name](tmp_path / "a", 1), "b": MADE[name](tmp_path / "b", 2)}
     for label, folder in folders.items():
         client.server.add(f"org/{label}", folder, label * 40)
     params: dict[str, Any] = {"base": "a", "weights": {"b": weight}}
-    if weight == 1.0 and name != "llama":
+    if weight == 1.0 and not name.startswith("llama"):
         params["select"] = ("routed_expert",)
     merge = AssemblyOfExperts(**params)
     local = merge.apply({label: open_checkpoint(folder, label) for label, folder in folders.items()})

@@ -722,18 +722,45 @@ def test_packed_experts_are_copied_whole_and_by_projection(tmp_path: Path) -> No
         assert raw == want.tobytes(), name
 
 
-@pytest.mark.parametrize(
-    "params", [{"weights": {"reasoner": 0.5}}, {"weights": {"reasoner": 1.0}, "threshold": 0.1}]
-)
-def test_packed_experts_cannot_be_computed_with(tmp_path: Path, params: dict[str, Any]) -> None:
+def test_packed_experts_are_computed_with_and_packed_again(tmp_path: Path) -> None:
     pair = {
         label: factories.gpt_oss_mxfp4(tmp_path / label, seed)
         for seed, label in enumerate(("base", "reasoner"))
     }
-    with pytest.raises(CheckpointError, match="MXFP4") as caught:
-        merge(pair, select=["routed_expert"], **params)
-    assert "experts.0" in caught.value.message and caught.value.hint
-    merged(pair, tmp_path / "out", select=["attention"], **params)
+    selected = r"re:experts\.[02]\.(gate|down)_proj"
+    child = merged(pair, tmp_path / "out", weights={"reasoner": 0.4}, select=[selected])
+    base, donor = (oracle.read_folder(path) for path in pair.values())
+    for name in (name for name in base if name.endswith("_blocks")):
+        scales = name.replace("_blocks", "_scales")
+        step = 2 if "gate_up" in name else 1
+        values = [
+            oracle.decode_mxfp4(
+                oracle.stored_values(*parent[name])[[0, 2], ::step],
+                oracle.stored_values(*parent[scales])[[0, 2], ::step],
+            )
+            for parent in (base, donor)
+        ]
+        coded = oracle.encode_mxfp4(oracle.weighted_sum(values, (0.6, 0.4)))
+        for part, new in zip((name, scales), coded, strict=True):
+            want = oracle.stored_values(*base[part]).clone()
+            want[[0, 2], ::step] = new
+            assert torch.equal(oracle.stored_values(*child[part]), want), part
+
+
+def test_packed_experts_are_measured_for_a_threshold(tmp_path: Path) -> None:
+    pair = {
+        label: factories.gpt_oss_mxfp4(tmp_path / label, seed)
+        for seed, label in enumerate(("base", "reasoner"))
+    }
+    base, donor = (oracle.read_folder(path) for path in pair.values())
+    for threshold, want in ((1e-3, donor), (1e3, base)):
+        child = merged(
+            pair, tmp_path / str(threshold), weights={"reasoner": 1.0}, threshold=threshold,
+            select=[r"re:experts\.\d+\.(gate|up|down)_proj\.weight"],
+        )  # fmt: skip
+        for name, stored in child.items():
+            packed = name.endswith(("_blocks", "_scales"))
+            assert stored == (want if packed else base)[name], name
 
 
 # Parents stored in different forms

@@ -10,12 +10,12 @@ from typing import Any
 import merge_formulas as formulas
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from merge_methods import ALL, child, write
+from safetensors.torch import load_file
 
 from surgery.errors import RecipeError
 from surgery.operators.merge.noise import NoiseRef
 from surgery.operators.merge.selection import Selector
-from surgery.recipe.table import operator_class
 from surgery.stream.checkpoint import Checkpoint, ReadContext
 from surgery.stream.source import open_checkpoint
 
@@ -32,15 +32,6 @@ LARGE = {"model.layers.0.mlp.up_proj.weight": (300, 5003)}
 """Several tiles, the last one shorter."""
 
 
-def write(folder: Path, tensors: Tensors) -> Path:
-    folder.mkdir()
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    layers = 1 + max(int(name.split(".")[2]) for name in tensors if ".layers." in name)
-    config = {"model_type": "llama", "num_hidden_layers": layers, "vocab_size": 32, "hidden_size": 8}
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder
-
-
 def family(
     tmp_path: Path, shapes: Mapping[str, tuple[int, ...]] = SHAPES, *, seed: int = 0, apart: float = 0.7
 ) -> tuple[dict[str, Checkpoint], dict[str, Tensors]]:
@@ -54,11 +45,6 @@ def family(
         }
     folders = {label: write(tmp_path / label, tensors) for label, tensors in values.items()}
     return {label: open_checkpoint(folder, label) for label, folder in folders.items()}, values
-
-
-def child(inputs: Mapping[str, Checkpoint], op: str, **params: Any) -> Checkpoint:
-    operator = operator_class(f"merge.{op}").model_validate(params)
-    return operator.apply({name: inputs[name] for name in operator.input_names()})
 
 
 def error(out: torch.Tensor, want: torch.Tensor) -> float:
@@ -270,28 +256,6 @@ def test_selection_is_exact(count: int) -> None:
             selector.feed(piece)
     ordered = values.sort().values
     assert selector.values() == tuple(float(ordered[rank]) for rank in ranks)
-
-
-ALL: dict[str, dict[str, Any]] = {
-    "linear": {"models": {"a": 0.4, "b": 0.6}},
-    "slerp": {"base": "base", "models": {"a": {}}, "t": 0.5},
-    "nuslerp": {"base": "base", "models": {"a": 1, "b": 2}},
-    "karcher": {"models": {"a": 1, "b": 2}},
-    "model_stock": {"base": "base", "models": {"a": {}, "b": {}}},
-    "task_arithmetic": {"base": "base", "models": {"a": 0.4, "b": 0.6}},
-    "ties": {"base": "base", "models": {"a": {"density": 0.5}, "b": {"density": 0.5}}},
-    "breadcrumbs": {"base": "base", "models": {"a": {"density": 0.5}, "b": {"density": 0.5}}},
-    "dare_linear": {
-        "base": "base",
-        "models": {"a": {"density": 0.5}, "b": {"density": 0.5}},
-        "rescale": "l1",
-    },
-    "dare_ties": {"base": "base", "models": {"a": {"density": 0.5}, "b": {"density": 0.5}}},
-    "della_linear": {"base": "base", "models": {"a": {"density": 0.5}, "b": {"density": 0.5}}},
-    "della": {"base": "base", "models": {"a": {"density": 0.5}, "b": {"density": 0.5}}},
-    "sce": {"base": "base", "models": {"a": {}, "b": {}}, "topk": 0.5},
-    "arcee_fusion": {"base": "base", "models": {"a": {}}},
-}
 
 
 @pytest.mark.parametrize("op", ALL)

@@ -67,7 +67,8 @@ FAULTS: list[tuple[str, str, str, str, str]] = [
     ("weight of no kind", edited("1.0", "much"), "7:25",
      "`steps.0.weights.reasoner` must be a number or a mapping, not `much`", ""),
     ("choice", edited("format: source", "format: bf-16"), "11:11",
-     "`output.format` must be `source`, `bf16` or `fp8-block`, not `bf-16`", "did you mean `bf16`?"),
+     "`output.format` must be `source`, `bf16`, `fp8-block`, `compressed-tensors`, `gptq`, `gptq-v2`, `awq`, "
+        "`bnb-nf4` or `mxfp4`, not `bf-16`", "did you mean `bf16`?"),
     ("size", edited("format: source", "shard_size: huge"), "11:15",
      "`huge` is no size; write it as 5GB, 500MB, 1GiB or a number of bytes", ""),
     ("number wanted", edited("threshold: 0.0", "threshold: none"), "9:16",

@@ -113,7 +113,11 @@ def test_killed_while_writing(tiny: Families, tmp_path: Path, data: Path) -> Non
     same(out, tmp_path / "whole")
 
 
-@pytest.mark.parametrize("step", [GPTQ, {**SPARSE, "sequential": True}], ids=["gptq", "in sequence"])
+@pytest.mark.parametrize(
+    "step",
+    [GPTQ, {**GPTQ, "op": "quantize.awq", "min_tokens": 4}, {**SPARSE, "sequential": True}],
+    ids=["gptq", "awq", "in sequence"],
+)
 def test_waves_change_nothing(
     tiny: Families, tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch, step: dict[str, Any]
 ) -> None:

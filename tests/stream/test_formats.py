@@ -13,7 +13,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from folders import Tensors, change_config, change_shards, check_written
+from folders import Tensors, change_config, change_shards, check_written, opaque_experts
 
 from surgery.errors import CheckpointError, PlanError, UsageError
 from surgery.operators.merge.aoe import AssemblyOfExperts
@@ -182,12 +182,17 @@ def test_integer_buffers_pass_through(tmp_path: Path, form: Any) -> None:
 
 @pytest.mark.parametrize("form", ["bf16", "fp8-block"])
 def test_packed_experts_cannot_be_converted(tmp_path: Path, form: Any) -> None:
-    checkpoint = open_checkpoint(factories.gpt_oss_mxfp4(tmp_path / "m", 1))
-    with pytest.raises(PlanError, match="MXFP4") as caught:
+    checkpoint = open_checkpoint(opaque_experts(factories.qwen3_moe(tmp_path / "m", 1, experts=4)))
+    with pytest.raises(PlanError, match="hqq") as caught:
         checkpoint.save(tmp_path / "out", format=form)
     assert "output.format=source" in caught.value.hint
     assert caught.value.table is not None
     assert len(caught.value.table.rows) == 2 * 4 * 3
+
+
+def test_mxfp4_experts_have_no_fp8_block(tmp_path: Path) -> None:
+    with pytest.raises(PlanError, match="fused"):
+        open_checkpoint(factories.gpt_oss_mxfp4(tmp_path / "m", 1)).save(tmp_path / "out", format="fp8-block")
 
 
 @pytest.mark.parametrize("factory", [factories.gpt_oss_bf16, factories.llama4_text], ids=lambda f: f.__name__)

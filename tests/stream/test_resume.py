@@ -454,7 +454,7 @@ def test_shards_that_have_suffered_are_written_again(
     else:
         shard.unlink()
     result = child(parents, "half").save(tmp_path / "out", shard_bytes=SHARD)
-    assert result.manifest["run"]["resumed_shards"] == done[1:]
+    assert result.manifest["run"]["resumed_shards"] == sorted(done[1:])
     assert file_hashes(result.folder) == whole["half"]
 
 

@@ -25,13 +25,14 @@ from surgery.errors import CheckpointError, PlanError
 from surgery.operators.protocol import Decision, LayerOperator, Participant, RunContext, record_step
 from surgery.stream.checkpoint import Checkpoint, Event, TensorRef
 from surgery.stream.files import StoredTensor, file_hash
-from surgery.stream.formats import stored_as
+from surgery.stream.recode import stored_as
 
 if TYPE_CHECKING:
     from surgery.calibrate.walk import Walk
     from surgery.operators.layerwise.problem import Matrix, Problem, Solved, Work
     from surgery.operators.layerwise.scaled import Prepare
-    from surgery.operators.layerwise.step import Solving, WaveStep
+    from surgery.operators.layerwise.step import Solving
+    from surgery.operators.layerwise.wave import Plan, WaveStep
 
 REPORT = "surgery_matrices.json"
 
@@ -137,33 +138,28 @@ class MatrixOperator(LayerOperator):
         )  # fmt: skip
 
     def estimate(self, inputs: Mapping[str, Checkpoint], context: RunContext) -> Mapping[str, Any]:
-        from surgery.operators.layerwise.assemble import problem_bytes
-        from surgery.operators.together import estimate_together
-
         (checkpoint,) = inputs.values()
         plan = self.plan(checkpoint, context)
-        found = dict(estimate_together(self.calibration, checkpoint, context))
+        found = estimate_waves(self.calibration, checkpoint, context, plan, gram=self.needs_gram)
         outlined = self.outline(inputs, context)
         names = {matrix.ref.name for waves in plan.values() for wave in waves for matrix in wave}
-        largest = max(
-            problem_bytes([matrix.ref.shape], gram=self.needs_gram)
-            for waves in plan.values() for wave in waves for matrix in wave
-        )  # fmt: skip
-        sums = max(wave_bytes(wave, gram=self.needs_gram) for waves in plan.values() for wave in waves)
-        room = max(largest, solver_room(context))
-        found["parts"] = {**found["parts"], "input_sums": sums, "solver": room}
-        for key in ("device_bytes", *(("host_bytes",) if found["device"] == "cpu" else ())):
-            found[key] += sums + room
-        return {
-            **found, "spool_bytes": sum(outlined.tensors[name].nbytes for name in names),
-            "matrices": len(names), "waves": max(map(len, plan.values())),
-        }  # fmt: skip
+        return {**found, "spool_bytes": sum(outlined.tensors[name].nbytes for name in names)}
 
     def plan(self, checkpoint: Checkpoint, context: RunContext) -> dict[int, list[list[Matrix]]]:
         """The waves of each layer, from headers. Raises PlanError where there is nothing to do."""
-        from surgery.operators.layerwise.select import by_layer, place_in_layer, waves
+        from surgery.operators.layerwise.select import waves
 
-        found: dict[int, list[list[Matrix]]] = {}
+        room = sums_room(context)
+        return {
+            layer: waves(matrices, room, gram=self.needs_gram, sequential=self.sequential)
+            for layer, matrices in self.matrices(checkpoint).items()
+        }
+
+    def matrices(self, checkpoint: Checkpoint) -> dict[int, list[Matrix]]:
+        """What this operator works on in each layer, from headers. Raises PlanError where that is nothing."""
+        from surgery.operators.layerwise.select import by_layer, place_in_layer
+
+        found: dict[int, list[Matrix]] = {}
         for layer, refs in by_layer(checkpoint).items():
             matrices = []
             for ref in refs:
@@ -173,9 +169,7 @@ class MatrixOperator(LayerOperator):
             if any(matrix.expert is not None for matrix in matrices):
                 self._check_experts(checkpoint)
             if matrices:
-                found[layer] = waves(
-                    matrices, sums_room(context), gram=self.needs_gram, sequential=self.sequential
-                )
+                found[layer] = matrices
         if not found:
             raise PlanError(
                 f"{self.op} finds nothing to work on in {checkpoint.label}: no matrix of a decoder layer is "
@@ -188,11 +182,7 @@ class MatrixOperator(LayerOperator):
         from surgery.calibrate.skeleton import placement
         from surgery.operators.layerwise.step import Solving
 
-        if context.ranks.count > 1:
-            raise PlanError(
-                f"{self.op} runs in one process; torchrun started {context.ranks.count}",
-                hint="run it without torchrun",
-            )
+        check_one_process(self.op, context)
         folder = context.folder or Path(tempfile.mkdtemp(prefix="surgery-"))
         device, _ = placement(context.device, context.dtype)
         solving = Solving(
@@ -285,6 +275,15 @@ class Solver:
         return Decision(data, measurements=(table,), events=self.operator.events_of(rows))
 
 
+def check_one_process(what: str, context: RunContext) -> None:
+    """Refuse to walk for `what` in several processes."""
+    if context.ranks.count > 1:
+        raise PlanError(
+            f"{what} runs in one process; torchrun started {context.ranks.count}",
+            hint="run it without torchrun",
+        )
+
+
 def sums_room(context: RunContext) -> int:
     """Bytes of input sums that are taken in one pass: a share of the budget, or of the GPU's memory."""
     import torch
@@ -297,6 +296,24 @@ def sums_room(context: RunContext) -> int:
 def solver_room(context: RunContext) -> int:
     """Bytes that a batch of matrices may take while it is solved."""
     return sums_room(context)
+
+
+def estimate_waves(
+    calibration: Calibration, checkpoint: Checkpoint, context: RunContext, plan: Plan, *, gram: bool
+) -> dict[str, Any]:
+    """What a walk needs that takes the inputs of these waves, and works with those of a batch of matrices."""
+    from surgery.operators.layerwise.assemble import problem_bytes
+    from surgery.operators.together import estimate_together
+
+    found = dict(estimate_together(calibration, checkpoint, context))
+    every = [wave for waves in plan.values() for wave in waves]
+    largest = max(problem_bytes([matrix.ref.shape], gram=gram) for wave in every for matrix in wave)
+    sums = max(wave_bytes(wave, gram=gram) for wave in every)
+    room = max(largest, solver_room(context))
+    found["parts"] = {**found["parts"], "input_sums": sums, "solver": room}
+    for key in ("device_bytes", *(("host_bytes",) if found["device"] == "cpu" else ())):
+        found[key] += sums + room
+    return {**found, "matrices": sum(map(len, every)), "waves": max(map(len, plan.values()))}
 
 
 def wave_bytes(wave: Sequence[Matrix], *, gram: bool) -> int:

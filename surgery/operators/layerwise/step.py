@@ -1,10 +1,9 @@
 """The part of a solving operator in a walk: take the inputs of a layer, solve, put the results in place.
 
-For each layer, wave by wave (what fits into memory at once, see `select.waves`): the calibration tokens run
-through the layer as it was, the inputs of the wave's matrices are summed up, the matrices are solved in
-batches of one shape, and their final bytes go into a spool file. Once all waves of a layer are through, its
-new tensors stand in for the old ones; where the operator solves in sequence, after every wave. An operator
-that scales matrices (`scaled.py`) looks at all of a wave before any of it is solved.
+The matrices of a wave (see `wave.py`) are solved in batches of one shape, and their final bytes go into a
+spool file. Once all waves of a layer are through, its new tensors stand in for the old ones; where the
+operator solves in sequence, after every wave. An operator that scales matrices (`scaled.py`) looks at all of
+a wave before any of it is solved.
 """
 
 from __future__ import annotations
@@ -18,13 +17,13 @@ from typing import Any, Protocol
 import torch
 
 from surgery.calibrate.inputs import LayerInputs
-from surgery.calibrate.walk import LayerObserver, Replay
 from surgery.codecs.codec import Codec, IntCodec
 from surgery.codecs.grid import Quantized
 from surgery.operators.layerwise.assemble import problems
 from surgery.operators.layerwise.problem import Matrix, Problem, Solved
 from surgery.operators.layerwise.scaled import Prepare, Scaled, Stacked
-from surgery.stream.checkpoint import Checkpoint, TensorRef
+from surgery.operators.layerwise.wave import Plan, WaveStep, wave_steps
+from surgery.stream.checkpoint import TensorRef
 from surgery.stream.files import StoredTensor
 from surgery.stream.spool import SUFFIX, Made, made_ref, read_spool, write_spool
 
@@ -57,7 +56,7 @@ class Solving:
     takes about `room_bytes`."""
 
     solver: Solver
-    plan: Mapping[int, Sequence[Sequence[Matrix]]]
+    plan: Plan
     folder: Path
     device: torch.device
     room_bytes: int
@@ -72,13 +71,28 @@ class Solving:
 
     @property
     def steps(self) -> list[WaveStep]:
-        """One for each wave of the layer that has most."""
-        return [WaveStep(self, number) for number in range(max(map(len, self.plan.values()), default=0))]
+        return wave_steps(self)
 
-    def solve(
+    @property
+    def needs_gram(self) -> bool:
+        return self.solver.needs_gram
+
+    def state(self) -> dict[str, Any]:
+        return {"rows": self.rows, "files": self.files, "changed": self.changed}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self.rows[:] = state["rows"]
+        self.files.clear()
+        self.files.update(state["files"])
+        self.changed[:] = state["changed"]
+
+    def take(
         self, layer: int, number: int, refs: Sequence[TensorRef], inputs: LayerInputs
     ) -> Sequence[TensorRef] | None:
         """Solve a wave whose inputs are taken; the layer's tensors once they change."""
+        # A snapshot that an interrupt left in the middle of a layer holds rows that are made again.
+        again = {matrix.ref.name for matrix in self.plan[layer][number]}
+        self.rows[:] = [row for row in self.rows if row["tensor"] not in again]
 
         def stacked() -> Stacked:
             return problems(
@@ -88,7 +102,7 @@ class Solving:
 
         scaled = self.prepare(layer, refs, stacked()) if self.prepare else Scaled()
         made = list(scaled.made)
-        self.changed += [each.ref.name for each in made]
+        self.changed += [each.ref.name for each in made if each.ref.name not in self.changed]
         for batch, problem in stacked():
             made += self._solved(batch, problem, scaled)
         name = f"solved-{layer:05d}-{number:02d}{SUFFIX}"
@@ -137,48 +151,6 @@ class Solving:
                     **scaled.told.get(ref.name, {}),
                 })  # fmt: skip
         return made
-
-
-@dataclass
-class WaveStep:
-    """Wave number `number` of each layer. The first of the waves keeps the state of all."""
-
-    solving: Solving
-    number: int
-    _taking: LayerInputs | None = None
-
-    def outline(self, checkpoint: Checkpoint) -> Checkpoint:
-        return checkpoint
-
-    def observe(self, layer: int, *, has_experts: bool) -> LayerObserver | None:
-        waves = self.solving.plan.get(layer, ())
-        if self.number >= len(waves):
-            return None
-        wave = waves[self.number]
-        modules = [matrix.module for matrix in wave if matrix.module is not None]
-        experts = {matrix.expert for matrix in wave if matrix.expert is not None}
-        self._taking = LayerInputs(layer, modules, experts, gram=self.solving.solver.needs_gram)
-        return self._taking
-
-    def finish(self, layer: int, refs: Sequence[TensorRef], replay: Replay) -> Sequence[TensorRef] | None:
-        if self._taking is None:
-            return None
-        inputs, self._taking = self._taking, None
-        return self.solving.solve(layer, self.number, refs, inputs)
-
-    def state(self) -> dict[str, Any]:
-        if self.number:
-            return {}
-        return {
-            "rows": self.solving.rows, "files": self.solving.files, "changed": self.solving.changed,
-        }  # fmt: skip
-
-    def restore(self, state: Mapping[str, Any]) -> None:
-        if self.number == 0:
-            self.solving.rows[:] = state["rows"]
-            self.solving.files.clear()
-            self.solving.files.update(state["files"])
-            self.solving.changed[:] = state["changed"]
 
 
 def relative_errors(problem: Problem, values: torch.Tensor) -> list[float]:

@@ -21,8 +21,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
-from surgery.codecs.fp8_block import Fp8Block
-from surgery.codecs.operands import fusable, operand, result_dtype, stored
 from surgery.errors import RecipeError
 from surgery.operators.merge.compatible import (
     check_decodable,
@@ -49,10 +47,10 @@ from surgery.stream.checkpoint import (
     Event,
     Probe,
     ReadContext,
-    StoredRef,
     Sums,
     TensorRef,
 )
+from surgery.stream.fused import form_of, operands, parts_of
 from surgery.stream.recode import recode
 from surgery.stream.select import matcher
 
@@ -101,25 +99,24 @@ class Assembly:
         return weighted_sum(tiles, self.weights), sums
 
     def fuse(
-        self, inputs: Sequence[StoredRef], target: ComputedRef, start: int, stop: int, context: ReadContext
+        self, inputs: Sequence[TensorRef], target: ComputedRef, start: int, stop: int, context: ReadContext
     ) -> tuple[dict[str, np.ndarray[Any, Any]], Sums] | None:
-        """By the native kernels, where there are any and they read and write these forms."""
-        if len(target.shape) < 2 or not all(fusable(ref.codec) for ref in (target, *inputs)):
-            return None
-        from surgery.codecs import native, ops
+        """By the native kernels, where there are any."""
+        from surgery.codecs import merges, ops
 
-        if native.cpu().library is None:
+        def read() -> _Tile:
+            return _Tile(operands(inputs, start, stop, context))
+
+        key = (*map(id, inputs), start, stop)
+        tile = context.buffers.recall(key, read) if context.several else read()
+        if not merges.available(tile.parents):
             return None
-        tile = _Tile(inputs, start, stop)
-        if context.several:
-            tile = context.buffers.recall((*map(id, inputs), start, stop), lambda: tile)
-        operands = tile.operands(context)
-        dtype, ue8m0 = result_dtype(target.codec), isinstance(target.codec, Fp8Block) and target.codec.ue8m0
+        dtype, ue8m0 = form_of(target)
         squares = self.threshold == 0 and tile.sums is None
-        result, sums = ops.assemble(operands, self.weights, dtype, squares=squares, ue8m0=ue8m0)
+        result, sums = ops.assemble(tile.parents, self.weights, dtype, squares=squares, ue8m0=ue8m0)
         if sums is not None:
             tile.sums = totals(sums)
-        return stored(target.codec, result), (tile.sums or ()) if self.threshold == 0 else ()
+        return parts_of(target, result), (tile.sums or ()) if self.threshold == 0 else ()
 
     def metrics(self, sums: Sums, numel: int) -> dict[str, Any]:
         return {"weights": numel, "distance": as_json(distances(sums, numel, self.labels))}
@@ -128,26 +125,13 @@ class Assembly:
         return {"op": AssemblyOfExperts.op, "weights": list(self.weights), "threshold": self.threshold}
 
 
+@dataclass
 class _Tile:
     """The same rows of all inputs, and the sums that do not depend on the weights: read and added up once,
     however many children are made of them."""
 
-    def __init__(self, inputs: Sequence[StoredRef], start: int, stop: int) -> None:
-        self._inputs = inputs
-        self._rows = start, stop
-        self._operands: list[Operand] = []
-        self.sums: Sums | None = None
-
-    def operands(self, context: ReadContext) -> list[Operand]:
-        """Raises CheckpointError for NaN and infinity where the context forbids them."""
-        if not self._operands:
-            found = []
-            for ref in self._inputs:
-                raw = {part.key: ref.raw(part, *self._rows, context) for part in ref.parts}
-                ref.check_finite(raw, context)
-                found.append(operand(ref.codec, ref.shape, *self._rows, raw))
-            self._operands = found
-        return self._operands
+    parents: list[Operand]
+    sums: Sums | None = None
 
 
 class AssemblyOfExperts(Operator):

@@ -6,8 +6,10 @@
     result B + keep · (P − B)
 
 Quantiles are order statistics without interpolation, at ⌊q (n − 1)⌋. They are exact here at any size, found
-by selection; sampling, as published tools do above 10⁶ entries, would make the result depend on chance. A
-one-dimensional tensor is one row. Not symmetric; for more than two models fuse one after the other.
+by selection; sampling, as published tools do above 10⁶ entries, would make the result depend on chance. D is
+summed in float64 and rounded to float32; it is a difference of nearly equal numbers, of which float32 would
+leave three digits. A one-dimensional tensor is one row. Not symmetric; for more than two models fuse one
+after the other.
 
 If three quarters of I are 0 the threshold is 0, and everything is kept, as in the published rule.
 """
@@ -19,50 +21,74 @@ from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import model_validator
 
-from surgery.operators.merge.method import Method, MethodKernel, Settings, Values, Whole
-from surgery.operators.merge.selection import ROUNDS, Selector
+from surgery.operators.merge.method import Method, MethodKernel, Settings, Tile, Values, Whole
+from surgery.operators.merge.selection import Selector, select_sizes
 from surgery.stream.checkpoint import TensorRef
 
 if TYPE_CHECKING:
     import torch
 
-TINY = 1e-8
-
-
-def row_divergence(model: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
-    """KL of every row, [rows, 1]; of a one-dimensional tensor [1]."""
-    p = model.softmax(-1).add_(TINY)
-    q = base.softmax(-1).add_(TINY)
-    return (p / q).log_().mul_(p).sum(-1, keepdim=True)
+    from surgery.codecs.ops import Operand
 
 
 class Fusion(MethodKernel):
+    @property
+    def temporaries(self) -> float:
+        return 6
+
     def __init__(self, op: str, labels: Sequence[str]) -> None:
         super().__init__(op, labels, based=True)
         self._threshold = 0.0
+        self._divergence: torch.Tensor | None = None
 
     def measure(self, whole: Whole) -> None:
         if not whole.numel:
             return
+        import torch
+
+        if len(whole.shape) > 1:
+            self._divergence = torch.full((whole.rows,), -1.0)
         ranks = [int(quantile * (whole.numel - 1)) for quantile in (0.25, 0.5, 0.75)]
         selector = Selector(ranks)
-        for round_ in range(ROUNDS):
-            if round_:
-                selector.next_round()
-            for base, model in whole:
-                selector.feed(_importance(base, model))
+        select_sizes(whole, {0: selector}, 2, self._row_weights)
         first, median, third = selector.values()
         self._threshold = median + 1.5 * (third - first)
 
+    def _row_weights(self, tile: Tile, operands: Sequence[Operand]) -> torch.Tensor:
+        """The rows' divergences, computed on the first reading and kept."""
+        from surgery.codecs.merges import row_divergence
+
+        if self._divergence is None:
+            return row_divergence(*operands)
+        kept = self._divergence[tile.start : tile.stop]
+        if bool((kept < 0).any()):
+            kept.copy_(row_divergence(*operands))
+        return kept
+
+    def merge_stored(
+        self, tile: Tile, dtype: torch.dtype, *, ue8m0: bool
+    ) -> tuple[Operand, torch.Tensor | None] | None:
+        from surgery.codecs.merges import merge_fusion
+
+        base, model = tile.operands(2)
+        weights = self._row_weights(tile, (base, model))
+        return merge_fusion(base, model, weights, self._threshold, dtype, ue8m0=ue8m0)
+
     def merge(self, tiles: Sequence[torch.Tensor]) -> torch.Tensor:
         base, model = tiles
-        kept = _importance(base, model) >= self._threshold
-        return (model - base).mul_(kept).add_(base)
+        delta = model - base
+        kept = delta.abs().mul_(_divergence_of(base, model)) >= self._threshold
+        return delta.mul_(kept).add_(base)
 
 
-def _importance(base: torch.Tensor, model: torch.Tensor) -> torch.Tensor:
-    """|P − B| · D; rounding may leave a KL of equal rows a little below 0, which is 0."""
-    return (model - base).abs_().mul_(row_divergence(model, base).clamp_(min=0.0))
+def _divergence_of(base: torch.Tensor, model: torch.Tensor) -> torch.Tensor:
+    """Of float32 tiles, to be multiplied with them."""
+    from surgery.codecs.merges import row_divergence
+    from surgery.codecs.ops import Operand
+
+    if base.dim() < 2:
+        return row_divergence(Operand(base.view(1, -1)), Operand(model.view(1, -1)))
+    return row_divergence(Operand(base), Operand(model)).unsqueeze(-1)
 
 
 class ArceeFusion(Method):

@@ -9,11 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from surgery.operators.merge.method import MethodKernel, Whole
-from surgery.operators.merge.passes import gram
+from surgery.operators.merge.distances import totals
+from surgery.operators.merge.method import MethodKernel, Tile, Whole
 
 if TYPE_CHECKING:
     import torch
+
+    from surgery.codecs.ops import Operand
 
 Gram = list[list[float]]
 Rule = Callable[[Gram], list[float]]
@@ -37,17 +39,29 @@ class Combination(MethodKernel):
         if not callable(self._rule):
             self._coefficients = list(self._rule)
             return
-        totals: list[float] = []
-        for tiles in whole:
-            vectors = [tile - tiles[0] for tile in tiles[1:]] if self._offset else tiles
-            part = gram(vectors)
-            totals = [a + b for a, b in zip(totals, part, strict=True)] if totals else part
+        from surgery.codecs.merges import products
+
+        models = len(self.labels)
+        found = whole.sum(lambda tile: totals(products(tile.operands(models), offset=self._offset)))
         count = len(self.labels) - self._offset
-        totals = totals or [0.0] * (count * (count + 1) // 2)
+        found = found or [0.0] * (count * (count + 1) // 2)
         square = [
-            [totals[max(i, j) * (max(i, j) + 1) // 2 + min(i, j)] for j in range(count)] for i in range(count)
+            [found[max(i, j) * (max(i, j) + 1) // 2 + min(i, j)] for j in range(count)] for i in range(count)
         ]
         self._coefficients = self._rule(square)
+
+    def merge_stored(
+        self, tile: Tile, dtype: torch.dtype, *, ue8m0: bool
+    ) -> tuple[Operand, torch.Tensor | None] | None:
+        if self._offset or not any(self._coefficients):
+            return None
+        from surgery.codecs.merges import task_sums
+        from surgery.codecs.ops import assemble
+
+        parents = tile.operands(len(self.labels))
+        few = len(parents) < 3
+        result, sums = assemble(parents, self._coefficients, dtype, squares=self.based and few, ue8m0=ue8m0)
+        return result, task_sums(parents) if self.based and not few else sums
 
     def merge(self, tiles: Sequence[torch.Tensor]) -> torch.Tensor:
         if not self._offset:

@@ -98,7 +98,9 @@ def equal_bytes(inputs: Sequence[TensorRef], context: ReadContext) -> bool:
     stored = [ref for ref in inputs if isinstance(ref, StoredRef)]
     for start, stop in base.tiles():
         for place in range(len(base.parts)):
-            first, *rest = (ref.raw(ref.parts[place], start, stop, context) for ref in stored)
+            first, *rest = (
+                ref.raw(ref.parts[place], start, stop, context, slot=slot) for slot, ref in enumerate(stored)
+            )
             if not all(np.array_equal(other, first) for other in rest):
                 return False
     return True

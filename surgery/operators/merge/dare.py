@@ -18,6 +18,8 @@ from surgery.operators.merge.ties import DenseSettings
 if TYPE_CHECKING:
     import torch
 
+    from surgery.codecs.merges import Thin
+
 
 class Drop(Thinning):
     """Keeps an entry with probability `density`; divides by it if `keep`."""
@@ -34,6 +36,11 @@ class Drop(Thinning):
             raise TypeError("no noise came with the tile")
         kept = delta * (noise < self._density)
         return kept.div_(self._density) if self._keep else kept
+
+    def native(self, at_ranks: Sequence[float], states: torch.Tensor | None) -> Thin | None:
+        from surgery.codecs.merges import Kept, Thin
+
+        return Thin(Kept.DRAWN, density=self._density, divide=self._keep, states=states)
 
 
 class DareLinear(RandomTaskVectors):

@@ -26,6 +26,7 @@ class RankedDrop(Thinning):
     """Keeps an entry with a probability by its rank in the row."""
 
     random = True
+    temporaries = 7  # ranks are int64, and so are the order and the places that they are made from
 
     def __init__(self, density: float, epsilon: float, *, keep: bool) -> None:
         self._density, self._epsilon, self._keep = density, epsilon, keep

@@ -33,6 +33,30 @@ def squares(base: torch.Tensor, others: Sequence[torch.Tensor]) -> Sums:
     return totals(block_squares(base.reshape(shape), [other.reshape(shape) for other in others]))
 
 
+def tau_sums(tiles: Sequence[torch.Tensor]) -> Sums:
+    """‖base‖², ‖δ_1‖², …, then δ_2·δ_1, δ_3·δ_1, δ_3·δ_2, … of one float32 tile, summed in float64."""
+    from surgery.codecs.merges import task_sums
+    from surgery.codecs.ops import Operand
+
+    rows = [tile.reshape(1, -1) if tile.dim() < 2 else tile.reshape(tile.shape[0], -1) for tile in tiles]
+    return totals(task_sums([Operand(each.contiguous()) for each in rows]))
+
+
+def cosines(sums: Sums, labels: Sequence[str]) -> dict[str, Any]:
+    """`{"cosine": {later: {earlier: cos}}}` of task vectors from summed `tau_sums`, for a manifest; empty for
+    fewer than two models. None stands for the cosine of nothing."""
+    if len(labels) < 2 or len(sums) <= len(labels) + 1:
+        return {}
+    squared, products = sums[1 : len(labels) + 1], iter(sums[len(labels) + 1 :])
+    found: dict[str, dict[str, float | None]] = {}
+    for later in range(1, len(labels)):
+        for earlier in range(later):
+            size = sqrt(squared[later]) * sqrt(squared[earlier])
+            value = next(products) / size if size else inf
+            found.setdefault(labels[later], {})[labels[earlier]] = value if isfinite(value) else None
+    return {"cosine": found}
+
+
 def totals(sums: torch.Tensor) -> Sums:
     """Sums by block [blocks, parents], added up in the order of the blocks."""
     return tuple(float(each) for each in sums.numpy().sum(axis=0))

@@ -7,8 +7,9 @@ how a kernel reads through a tensor before its first tile is made.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from pydantic import BaseModel, ConfigDict, field_validator
 
@@ -21,7 +22,7 @@ from surgery.operators.merge.compatible import (
     equal_bytes,
     join_inputs,
 )
-from surgery.operators.merge.distances import as_json, distances, squares
+from surgery.operators.merge.distances import as_json, cosines, distances, tau_sums, totals
 from surgery.operators.merge.schedules import Setting, decoder_layers, is_place, setting_at
 from surgery.operators.merge.weights import Entry
 from surgery.operators.protocol import Kind, Operator, record_step
@@ -34,12 +35,18 @@ from surgery.stream.checkpoint import (
     Sums,
     TensorRef,
 )
+from surgery.stream.fused import form_of, operands, parts_of
 from surgery.stream.recode import recode
 from surgery.stream.select import matcher
+from surgery.stream.team import Team
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
+    from surgery.codecs.ops import Operand
+
+Result = TypeVar("Result")
 Values = dict[str, float]
 """Settings of one model, or those of the step, for one tensor."""
 
@@ -52,18 +59,42 @@ class Settings(BaseModel):
     weight: Setting = 1.0
 
 
+@dataclass(frozen=True)
+class Tile:
+    """Rows start..stop of all inputs of one tensor."""
+
+    inputs: Sequence[TensorRef]
+    start: int
+    stop: int
+    context: ReadContext
+
+    def values(self) -> list[torch.Tensor]:
+        """float32, as kernels get them to `merge`."""
+        return [ref.pull(self.start, self.stop, self.context) for ref in self.inputs]
+
+    def operands(self, count: int) -> list[Operand]:
+        """Of the first `count` inputs, for the native kernels; valid until the thread's next tile."""
+        return operands(self.inputs[:count], self.start, self.stop, self.context)
+
+
 class Whole:
-    """Reads through all inputs of one tensor, tile by tile, as often as it is iterated."""
+    """Reads through all inputs of one tensor, tile by tile, as often as `map` is called."""
 
     def __init__(self, inputs: Sequence[TensorRef], context: ReadContext) -> None:
         self._inputs = inputs
         self._context = context
+        self.rows, self.shape = inputs[0].rows, inputs[0].shape
         self.numel = inputs[0].numel
 
-    def __iter__(self) -> Iterator[list[torch.Tensor]]:
+    def map(self, work: Callable[[Tile], Result]) -> list[Result]:
+        """Results in the order of the tiles; threads that wait for this tensor take some of them."""
         grid = max(self._inputs, key=lambda ref: ref.tile_rows())
-        for start, stop in grid.tiles():
-            yield [ref.pull(start, stop, self._context) for ref in self._inputs]
+        tiles = (Tile(self._inputs, start, stop, self._context) for start, stop in grid.tiles())
+        return (self._context.team or Team()).map(work, tiles)
+
+    def sum(self, work: Callable[[Tile], Sequence[float]]) -> list[float]:
+        """Numbers of the tiles, each added up in the order of the tiles; empty for an empty tensor."""
+        return [sum(column) for column in zip(*self.map(work), strict=True)]
 
 
 class MethodKernel:
@@ -76,9 +107,16 @@ class MethodKernel:
         self.based = based
         self.equal_copies = equal_copies
 
+    @property
+    def temporaries(self) -> float:
+        """float32 tiles beside the inputs that `merge` or `measure` holds at once by torch."""
+        return len(self.labels) + 2
+
     def decide(self, inputs: Sequence[TensorRef], context: ReadContext) -> Decision:
         if self.equal_copies and equal_bytes(inputs[: len(self.labels)], context):
-            return Decision(0, "parents are equal", {"weights": inputs[0].numel})
+            nothing = (0.0,) * len(self.labels)
+            metrics = self.metrics(nothing, inputs[0].numel) if self.based else {"weights": inputs[0].numel}
+            return Decision(0, "parents are equal", metrics)
         self.measure(Whole(inputs, context))
         return Decision()
 
@@ -88,12 +126,34 @@ class MethodKernel:
     def merge(self, tiles: Sequence[torch.Tensor]) -> torch.Tensor:
         raise TypeError(f"{type(self).__name__} cannot merge")
 
+    def merge_stored(
+        self, tile: Tile, dtype: torch.dtype, *, ue8m0: bool
+    ) -> tuple[Operand, torch.Tensor | None] | None:
+        """`merge` by the native kernels, with the sums of `tau_sums` where there is a base; None where they
+        cannot."""
+        return None
+
+    def fuse(
+        self, inputs: Sequence[TensorRef], target: ComputedRef, start: int, stop: int, context: ReadContext
+    ) -> tuple[dict[str, np.ndarray[Any, Any]], Sums] | None:
+        from surgery.codecs.native import cpu
+
+        if cpu().library is None or not target.numel:
+            return None
+        dtype, ue8m0 = form_of(target)
+        made = self.merge_stored(Tile(inputs, start, stop, context), dtype, ue8m0=ue8m0)
+        if made is None:
+            return None
+        result, sums = made
+        return parts_of(target, result), () if sums is None else totals(sums)
+
     def combine(self, tiles: Sequence[torch.Tensor]) -> tuple[torch.Tensor, Sums]:
-        sums = squares(tiles[0], tiles[1 : len(self.labels)]) if self.based else ()
-        return self.merge(tiles), sums
+        return self.merge(tiles), tau_sums(tiles[: len(self.labels)]) if self.based else ()
 
     def metrics(self, sums: Sums, numel: int) -> dict[str, Any]:
-        return {"weights": numel, "distance": as_json(distances(sums, numel, self.labels[1:]))}
+        others = self.labels[1:]
+        found = {"weights": numel, "distance": as_json(distances(sums[: len(self.labels)], numel, others))}
+        return found | cosines(sums, others)
 
     def lineage(self) -> dict[str, Any]:
         return {"op": self.op}

@@ -13,6 +13,7 @@ from surgery.codecs.codec import matrix_shape
 from surgery.stream.checkpoint import ReadContext, StoredRef, TensorRef
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
 BLOCK_ROWS = 128
@@ -42,12 +43,26 @@ class NoiseRef(TensorRef):
         first = start // BLOCK_ROWS
         values = np.empty(((stop - first * BLOCK_ROWS), cols), np.float32)
         for block in range(first, -(-stop // BLOCK_ROWS)):
-            digest = sha256(f"{self.key}\0{block}".encode()).digest()
-            generator = np.random.Generator(np.random.SFC64(int.from_bytes(digest[:16], "little")))
+            generator = np.random.Generator(self._source(block))
             place = values[(block - first) * BLOCK_ROWS : (block - first + 1) * BLOCK_ROWS]
             generator.random(dtype=np.float32, out=place)
         tile = torch.from_numpy(values)[start - first * BLOCK_ROWS :]
         return tile.reshape(-1) if len(self.shape) < 2 else tile
+
+    def states(self, start: int, stop: int) -> torch.Tensor:
+        """Where the generators of rows start..stop begin: int64 [blocks, 4], the words of SFC64."""
+        import numpy as np
+        import torch
+
+        blocks = range(start // BLOCK_ROWS, -(-stop // BLOCK_ROWS))
+        words = np.stack([self._source(block).state["state"]["state"] for block in blocks])
+        return torch.from_numpy(words.view(np.int64))
+
+    def _source(self, block: int) -> np.random.SFC64:
+        import numpy as np
+
+        digest = sha256(f"{self.key}\0{block}".encode()).digest()
+        return np.random.SFC64(int.from_bytes(digest[:16], "little"))
 
     def sources(self) -> tuple[StoredRef, ...]:
         return ()

@@ -26,6 +26,10 @@ if TYPE_CHECKING:
 class RowSlerp(MethodKernel):
     """Every row by its own angle."""
 
+    @property
+    def temporaries(self) -> float:
+        return 8
+
     def __init__(self, op: str, labels: Sequence[str], t: float, *, based: bool) -> None:
         super().__init__(op, labels, based=based)
         self._t = t

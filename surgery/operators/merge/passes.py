@@ -24,11 +24,6 @@ def product_sum(left: torch.Tensor, right: torch.Tensor) -> float:
     return found
 
 
-def gram(vectors: Sequence[torch.Tensor]) -> list[float]:
-    """Dot products of one tile: the lower triangle, row by row."""
-    return [product_sum(vectors[i], vectors[j]) for i in range(len(vectors)) for j in range(i + 1)]
-
-
 def keep_between(delta: torch.Tensor, low: float, high: float) -> torch.Tensor:
     """`delta` where low ≤ |delta| ≤ high, 0 elsewhere; a new tensor."""
     size = delta.abs()

@@ -28,6 +28,11 @@ if TYPE_CHECKING:
 
 
 class SelectCalculateErase(MethodKernel):
+    @property
+    def temporaries(self) -> float:
+        """Differences thrice, as they stand, for their variance and weighted; products may be float64."""
+        return 3 * len(self.labels) + 6
+
     def __init__(self, op: str, labels: Sequence[str], topk: float) -> None:
         super().__init__(op, labels, based=True)
         self._topk = topk
@@ -42,15 +47,12 @@ class SelectCalculateErase(MethodKernel):
             for round_ in range(ROUNDS):
                 if round_:
                     selector.next_round()
-                for tiles in whole:
-                    selector.feed(_variance(_deltas(tiles)))
+                whole.map(lambda tile: selector.feed(_variance(_deltas(tile.values()))))
             (self._smallest,) = selector.values()
         elif count:
             self._smallest = 0.0
-        squares = [0.0] * (len(self.labels) - 1)
-        for tiles in whole:
-            for i, delta in enumerate(self._selected(tiles)):
-                squares[i] += product_sum(delta, delta)
+        squares = whole.sum(lambda tile: [product_sum(d, d) for d in self._selected(tile.values())])
+        squares = squares or [0.0] * (len(self.labels) - 1)
         total = sum(squares)
         self._weights = [each / total if total else 0.0 for each in squares]
 

@@ -7,46 +7,69 @@ tile by tile; the counts are integers, so the order of tiles does not matter.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from threading import Lock
 from typing import TYPE_CHECKING
+
+from surgery.operators.merge.method import Tile, Whole
 
 if TYPE_CHECKING:
     import torch
 
+    from surgery.codecs.ops import Operand
+
+    RowWeights = Callable[[Tile, Sequence[Operand]], torch.Tensor]
+
 ROUNDS = 2
 """Times that all numbers are to be fed."""
-_UPPER, _LOWER = 1 << 15, 1 << 16
+UPPER_BINS, LOWER_BINS = 1 << 15, 1 << 16
 
 
 class Selector:
-    """Finds the numbers at `ranks` (from 0, ascending order) of what is fed in each of two rounds."""
+    """Finds the numbers at `ranks` (from 0, ascending order) of what is counted in each of two rounds.
+    Threads may count at once."""
 
     def __init__(self, ranks: Sequence[int]) -> None:
         import torch
 
         self.ranks = tuple(ranks)
-        self._upper = torch.zeros(_UPPER, dtype=torch.int64)
+        self._upper = torch.zeros(UPPER_BINS, dtype=torch.int64)
         self._lower: dict[int, torch.Tensor] = {}
         self._rest: list[tuple[int, int]] = []
+        self._lock = Lock()
+
+    @property
+    def digits(self) -> tuple[int, ...]:
+        """Upper 16 bits whose lower ones the second round counts; empty in the first."""
+        return tuple(self._lower)
 
     def feed(self, values: torch.Tensor) -> None:
         """Count one tile of non-negative float32 numbers."""
         import torch
 
-        bits = values.reshape(-1).view(torch.int32)
-        upper = bits >> 16
+        from surgery.codecs.merge_reference import lower_counts, upper_counts
+
         if not self._rest:
-            self._upper += torch.bincount(upper, minlength=_UPPER)
-            return
-        for digit, counts in self._lower.items():
-            counts += torch.bincount(bits[upper == digit] & (_LOWER - 1), minlength=_LOWER)
+            self.add(upper_counts(values))
+        else:
+            self.add(torch.stack([lower_counts(values, digit) for digit in self.digits]))
+
+    def add(self, counts: torch.Tensor) -> None:
+        """Add a tile's counts: int64 [32768], or in the second round [digits, 65536]; more rows than digits
+        are left out."""
+        with self._lock:
+            if not self._rest:
+                self._upper += counts
+                return
+            for held, found in zip(self._lower.values(), counts, strict=False):
+                held += found
 
     def next_round(self) -> None:
         """Close the first round."""
         import torch
 
         self._rest = [_locate(self._upper, rank) for rank in self.ranks]
-        self._lower = {digit: torch.zeros(_LOWER, dtype=torch.int64) for digit, _ in self._rest}
+        self._lower = {digit: torch.zeros(LOWER_BINS, dtype=torch.int64) for digit, _ in self._rest}
 
     def values(self) -> tuple[float, ...]:
         """The numbers at the ranks, after two rounds."""
@@ -63,3 +86,27 @@ def _locate(counts: torch.Tensor, rank: int) -> tuple[int, int]:
     ends = counts.cumsum(0)
     digit = int(torch.searchsorted(ends, rank, right=True))
     return digit, rank - (int(ends[digit - 1]) if digit else 0)
+
+
+def select_sizes(
+    whole: Whole, selectors: Mapping[int, Selector], count: int, row_weights: RowWeights | None = None
+) -> None:
+    """Both rounds over |model i − base| (times the weights that `row_weights` gives a tile's rows) of a whole
+    tensor, for the models that have a selector; `count` inputs are models, the base among them."""
+    from surgery.codecs.merges import count_sizes
+
+    def feed(tile: Tile) -> None:
+        base, *models = tile.operands(count)
+        chosen = [base, *(models[i] for i in selectors)]
+        digits = [selector.digits for selector in selectors.values()]
+        most = max(map(len, digits))
+        padded = [each + each[-1:] * (most - len(each)) for each in digits] if most else None
+        weights = row_weights(tile, chosen) if row_weights else None
+        for selector, found in zip(selectors.values(), count_sizes(chosen, padded, weights), strict=True):
+            selector.add(found)
+
+    for round_ in range(ROUNDS):
+        if round_:
+            for selector in selectors.values():
+                selector.next_round()
+        whole.map(feed)

@@ -10,30 +10,38 @@ whole models), so that no model speaks louder for having moved further.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from math import sqrt
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from surgery.errors import RecipeError
-from surgery.operators.merge.method import Method, MethodKernel, Settings, Values, Whole
+from surgery.operators.merge.distances import totals
+from surgery.operators.merge.method import Method, MethodKernel, Settings, Tile, Values, Whole
 from surgery.operators.merge.noise import NoiseRef
-from surgery.operators.merge.passes import keep_between, product_sum, weighted_deltas
+from surgery.operators.merge.passes import keep_between, weighted_deltas
 from surgery.operators.merge.schedules import Setting
-from surgery.operators.merge.selection import ROUNDS, Selector
-from surgery.stream.checkpoint import TensorRef
+from surgery.operators.merge.selection import Selector, select_sizes
+from surgery.stream.checkpoint import Sums, TensorRef
 
 if TYPE_CHECKING:
     import torch
+
+    from surgery.codecs.merges import Thin
+    from surgery.codecs.ops import Operand
 
 Normalize = Literal["none", "weights", "norms"]
 Rescale = Literal["none", "keep", "l1"]
 
 
 class Thinning:
-    """Keeps everything; subclasses keep less. `ranks` are those of |δ| (ascending, from 0) it asks for."""
+    """What stays of one task vector, all of it here. `ranks` are those of |δ| (ascending, from 0) that it
+    asks for."""
 
     random: bool = False
+    temporaries: ClassVar[float] = 1
+    """float32 tiles that `thin` holds beside its input and its result."""
 
     def ranks(self, numel: int) -> tuple[int, ...]:
         return ()
@@ -42,6 +50,10 @@ class Thinning:
         self, delta: torch.Tensor, at_ranks: Sequence[float], noise: torch.Tensor | None
     ) -> torch.Tensor:
         return delta
+
+    def native(self, at_ranks: Sequence[float], states: torch.Tensor | None) -> Thin | None:
+        """`thin` as the native kernels know it; None where they don't."""
+        return None
 
 
 class Between(Thinning):
@@ -59,6 +71,22 @@ class Between(Thinning):
         self, delta: torch.Tensor, at_ranks: Sequence[float], noise: torch.Tensor | None
     ) -> torch.Tensor:
         return keep_between(delta, *at_ranks) if at_ranks else delta * 0.0
+
+    def native(self, at_ranks: Sequence[float], states: torch.Tensor | None) -> Thin | None:
+        from surgery.codecs.merges import Kept, Thin
+
+        if not at_ranks:
+            return Thin(Kept.NOTHING)
+        return Thin(Kept.BETWEEN, low=at_ranks[0], high=at_ranks[1])
+
+
+class Everything(Thinning):
+    """Keeps everything, natively too."""
+
+    def native(self, at_ranks: Sequence[float], states: torch.Tensor | None) -> Thin | None:
+        from surgery.codecs.merges import Thin
+
+        return Thin()
 
 
 class TaskVectorKernel(MethodKernel):
@@ -78,23 +106,25 @@ class TaskVectorKernel(MethodKernel):
         self._factors = [1.0] * len(weights)
         self._at_ranks: list[tuple[float, ...]] = [()] * len(weights)
 
+    @property
+    def temporaries(self) -> float:
+        """Differences, what stays of them and terms of all models, and the election's; or thinning's."""
+        models, thinning = len(self._weights), max(each.temporaries for each in self._thinnings)
+        return max(3 * models + 5, 2 * models + thinning)
+
     def measure(self, whole: Whole) -> None:
         self._select(whole)
+        models = len(self._weights)
         if self._normalize == "norms":
-            squares = [0.0] * len(self._weights)
-            for tiles in whole:
-                for i, delta in enumerate(self._deltas(tiles)):
-                    squares[i] += product_sum(delta, delta)
-            norms = [sqrt(each) for each in squares]
+            from surgery.codecs.merges import task_sums
+
+            sums = whole.sum(lambda tile: totals(task_sums(tile.operands(1 + models))))
+            norms = [sqrt(each) for each in sums[1 : 1 + models]] or [0.0] * models
             mean = sum(norms) / len(norms)
             self._factors = [mean / norm if norm else 1.0 for norm in norms]
         if self._l1:
-            before, after = [0.0] * len(self._weights), [0.0] * len(self._weights)
-            for tiles in whole:
-                for i, delta in enumerate(self._deltas(tiles)):
-                    before[i] += _size(delta)
-                    after[i] += _size(self._thinned(i, delta, tiles))
-            gains = [b / a if a else 1.0 for b, a in zip(before, after, strict=True)]
+            sizes = whole.sum(self._sizes) or [0.0] * (2 * models)
+            gains = [b / a if a else 1.0 for b, a in zip(sizes[:models], sizes[models:], strict=True)]
             self._factors = [factor * gain for factor, gain in zip(self._factors, gains, strict=True)]
 
     def _select(self, whole: Whole) -> None:
@@ -103,16 +133,52 @@ class TaskVectorKernel(MethodKernel):
         }
         if not selectors:
             return
-        for round_ in range(ROUNDS):
-            if round_:
-                for selector in selectors.values():
-                    selector.next_round()
-            for tiles in whole:
-                deltas = self._deltas(tiles)
-                for i, selector in selectors.items():
-                    selector.feed(deltas[i].abs_())
+        select_sizes(whole, selectors, len(self.labels))
         for i, selector in selectors.items():
             self._at_ranks[i] = selector.values()
+
+    def _sizes(self, tile: Tile) -> Sums:
+        """L1 norms of the task vectors, then of what stays of them."""
+        from surgery.codecs.merge_reference import sizes
+        from surgery.codecs.merges import task_sizes
+
+        thins = self._native_thins(tile)
+        if thins is not None:
+            return totals(task_sizes(tile.operands(len(self.labels)), thins))
+        values = tile.values()
+        deltas = self._deltas(values)
+        thinned = [self._thinned(i, delta, values) for i, delta in enumerate(deltas)]
+        return totals(sizes([each if each.dim() > 1 else each.view(1, -1) for each in (*deltas, *thinned)]))
+
+    def merge_stored(
+        self, tile: Tile, dtype: torch.dtype, *, ue8m0: bool
+    ) -> tuple[Operand, torch.Tensor | None] | None:
+        from surgery.codecs.merges import Sum, merge_tasks
+
+        thins = self._native_thins(tile)
+        if thins is None:
+            return None
+        thins = [replace(thin, factor=factor) for thin, factor in zip(thins, self._factors, strict=True)]
+        how = Sum(self._weights, self._consensus, self._normalize == "weights", self._scale)
+        return merge_tasks(tile.operands(len(self.labels)), thins, how, dtype, ue8m0=ue8m0)
+
+    def _native_thins(self, tile: Tile) -> list[Thin] | None:
+        """What the kernels need to thin a tile; None where they, or one thinning, cannot."""
+        from surgery.codecs.native import cpu
+
+        noises = tile.inputs[len(self.labels) :]
+        # Noise is drawn by 128 entries of a one-dimensional tensor, which kernels take as one row.
+        if cpu().library is None or (noises and len(tile.inputs[0].shape) < 2):
+            return None
+        found = []
+        for i, thinning in enumerate(self._thinnings):
+            noise = noises[i] if noises else None
+            states = noise.states(tile.start, tile.stop) if isinstance(noise, NoiseRef) else None
+            thin = thinning.native(self._at_ranks[i], states)
+            if thin is None:
+                return None
+            found.append(thin)
+        return found
 
     def _deltas(self, tiles: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         return [tile - tiles[0] for tile in tiles[1 : len(self.labels)]]
@@ -130,12 +196,6 @@ class TaskVectorKernel(MethodKernel):
             deltas, self._weights, consensus=self._consensus, normalize=self._normalize == "weights"
         )
         return mixed.mul_(self._scale).add_(tiles[0])
-
-
-def _size(values: torch.Tensor) -> float:
-    import torch
-
-    return float(values.abs().sum(dtype=torch.float64))
 
 
 class TaskVectors(Method):
@@ -183,7 +243,7 @@ class TaskVectors(Method):
         return TaskVectorKernel(
             self.op,
             labels,
-            [self._thinning(name, values) or Thinning() for name, values in models.items()],
+            [self._thinning(name, values) or Everything() for name, values in models.items()],
             [values["weight"] for values in models.values()],
             scale=step["scale"], consensus=self.elects, normalize=self.normalize, l1=self.l1,
         )  # fmt: skip

@@ -4,15 +4,16 @@
 
 x̄ is the mean |x| of an input, w̄ the mean over rows of |w| / max|w| of its group, r = 0, 1/20, … 19/20.
 The s is kept whose error at the outputs of all linears that share the input is least, and no scaling is
-among the candidates. 1/s is folded into what produces the input (`folds.py` says into what). After that,
+among the candidates. 1/s is folded into what produces the input (`folds.py` says into what). After scaling,
 group by group, the range of a row's weights is clipped to 1 − i/20 of it, i = 0 … 9, by the error of the
 group's own inputs. All searches of a layer are on its weights and inputs as they were.
 
 Deviations: AutoAWQ measures at the module that consumes the input, on samples; here the error is exact over
-all tokens and measured at the linears themselves through the Gram matrix, tr(D H Dᵀ). A norm is stored in few
-bits, so that columns are multiplied by what the stored norm was divided by, not by s itself: the fold is
-exact. Inputs that never occur keep the scale 1. AutoAWQ leaves queries and keys unclipped, as it measures
-them apart; here they are clipped like the rest. It quantizes asymmetrically in groups of 128
+all tokens and measured at the linears themselves through the Gram matrix, tr(D H Dᵀ). It chooses s before it
+clips; here each candidate is measured with its own clipping, as what helps plain rounding may hurt behind it.
+A norm is stored in few bits, so that columns are multiplied by what the stored norm was divided by, not by s:
+the fold is exact. Inputs that never occur keep the scale 1. AutoAWQ leaves queries and keys unclipped, as it
+measures them apart; here they are clipped like the rest. It quantizes asymmetrically in groups of 128
 (`symmetric: false`); the default here is that of the other quantizing operators.
 """
 
@@ -58,13 +59,18 @@ def awq(
     *,
     grid: GridMethod = "absmax",
     scale_dtype: torch.dtype = torch.float32,
+    max_shrink: float = 0.0,
 ) -> Scaling:
     """The best scales for weights [B, R, C], the rows of all linears that share the input stacked, with Gram
-    matrices [B, C, C] and mean |x| [B, C]. Raises ValueError where groups do not divide C."""
+    matrices [B, C, C] and mean |x| [B, C]; for weights that are clipped by up to `max_shrink` behind them
+    (0: not at all). Raises ValueError where groups do not divide C."""
     candidates = candidate_scales(inputs, weight_means(weights, scheme))
-    losses = torch.stack(
-        [scaling_loss(weights, gram, each, scheme, grid=grid, scale_dtype=scale_dtype) for each in candidates]
-    )
+    losses = torch.stack([
+        scaling_loss(
+            weights, gram, each, scheme, grid=grid, scale_dtype=scale_dtype, max_shrink=max_shrink
+        )
+        for each in candidates
+    ])  # fmt: skip
     best = losses.argmin(0)
     scales = candidates[best, torch.arange(len(weights), device=best.device)]
     return Scaling(scales, [None if i == 0 else (i - 1) / STEPS for i in best.tolist()], losses)
@@ -97,10 +103,18 @@ def scaling_loss(
     *,
     grid: GridMethod = "absmax",
     scale_dtype: torch.dtype = torch.float32,
+    max_shrink: float = 0.0,
 ) -> torch.Tensor:
-    """‖(Q(W s)/s − W) X‖² of each matrix, float64 [B]. Linears that share scales add theirs."""
-    rounded = rtn(weights * scales[:, None], scheme, grid=grid, scale_dtype=scale_dtype).values()
-    return output_squares(rounded / scales[:, None] - weights, gram).sum(-1)
+    """‖(Q(W s)/s − W) X‖² of each matrix, float64 [B], Q with or without clipping. Linears that share scales
+    add theirs."""
+    factor = scales[:, None]
+    scaled = weights * factor
+    if max_shrink:
+        inner = gram / factor / factor.mT
+        limits = clip_limits(scaled, inner, scheme, scale_dtype=scale_dtype, max_shrink=max_shrink)
+        scaled = clip(scaled, limits)
+    rounded = rtn(scaled, scheme, grid=grid, scale_dtype=scale_dtype).values()
+    return output_squares(rounded / factor - weights, gram).sum(-1)
 
 
 def clip_limits(
@@ -143,6 +157,7 @@ class Search:
     folds: Mapping[int, LayerFolds]
     min_tokens: int
     scale_dtype: torch.dtype
+    max_shrink: float
 
     def __call__(self, layer: int, refs: Sequence[TensorRef], stacked: Stacked) -> Scaled:
         current = {ref.name: ref for ref in refs}
@@ -169,7 +184,7 @@ class Search:
         """Scale the matrices of a problem of one; the ratio, None where no scaling is best."""
         best = awq(
             problem.weights, problem.known_gram, problem.magnitudes / problem.tokens[0],
-            int_scheme_of(problem), scale_dtype=self.scale_dtype,
+            int_scheme_of(problem), scale_dtype=self.scale_dtype, max_shrink=self.max_shrink,
         )  # fmt: skip
         ratio, scales = best.ratios[0], best.scales[0]
         if ratio is None:
@@ -178,7 +193,7 @@ class Search:
             made, scales = divided(current[fold.norm], scales)
             found.made.append(made)
         if fold.rows is not None:
-            found.rows[fold.rows] = 1 / scales
+            found.rows[fold.rows] = fold.spread(scales, current[fold.rows].shape[0])
         if fold.bias is not None:
             found.made.append(divided(current[fold.bias], scales)[0])
         found.columns |= dict.fromkeys(names, scales)
@@ -235,7 +250,10 @@ class AWQ(Precision, MatrixOperator):
     def prepare(self, checkpoint: Checkpoint) -> Prepare | None:
         if not self.scale:
             return None
-        return Search(self._folds(checkpoint), self.min_tokens, getattr(torch, self.scale_dtype))
+        return Search(
+            self._folds(checkpoint), self.min_tokens, getattr(torch, self.scale_dtype),
+            self.max_shrink if self.clip else 0.0,
+        )  # fmt: skip
 
     def may_change(self, checkpoint: Checkpoint) -> frozenset[str]:
         if not self.scale:
@@ -243,18 +261,20 @@ class AWQ(Precision, MatrixOperator):
         return frozenset().union(*(each.beside for each in self._folds(checkpoint).values()))
 
     def solve(self, problem: Problem) -> Solved:
-        weights, scheme = problem.weights, int_scheme_of(problem)
-        scale_dtype = getattr(torch, self.scale_dtype)
+        weights = problem.weights
         if self.clip:
             limits = clip_limits(
-                weights, problem.known_gram, scheme, scale_dtype=scale_dtype, max_shrink=self.max_shrink
-            )
+                weights, problem.known_gram, int_scheme_of(problem),
+                scale_dtype=getattr(torch, self.scale_dtype), max_shrink=self.max_shrink,
+            )  # fmt: skip
             weights = clip(weights, limits)
-        found = rtn(weights, scheme, scale_dtype=scale_dtype)
-        return Solved(found.values(), found)
+        return self._nearest(problem, weights)
 
     def fall_back(self, problem: Problem) -> Solved:
-        found = rtn(problem.weights, int_scheme_of(problem), scale_dtype=getattr(torch, self.scale_dtype))
+        return self._nearest(problem, problem.weights)
+
+    def _nearest(self, problem: Problem, weights: torch.Tensor) -> Solved:
+        found = rtn(weights, int_scheme_of(problem), scale_dtype=getattr(torch, self.scale_dtype))
         return Solved(found.values(), found)
 
     def events_of(self, rows: Sequence[Mapping[str, Any]]) -> tuple[Event, ...]:

@@ -7,6 +7,7 @@ A norm that multiplies by its weight, or the rows of the matrix before:
     kv_a_layernorm             kv_b
     post_attention_layernorm   gate, up of a dense MLP
     v                          o, where heads are not shared (no grouped queries)
+    kv_b, the rows of values   o of DeepSeek's attention
     up                         down, also in each expert
 
 A norm in front of experts feeds the router and all of them: scaling it for one would change the others, so
@@ -18,12 +19,15 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from surgery.codecs.plain import Plain
 from surgery.operators.layerwise.problem import Work
 from surgery.stream.checkpoint import TensorRef
 from surgery.stream.roles import ExpertRules
+
+if TYPE_CHECKING:
+    import torch
 
 READERS: Mapping[str, tuple[str, ...]] = {
     "input_layernorm": (
@@ -40,6 +44,8 @@ READERS: Mapping[str, tuple[str, ...]] = {
 """Norms of a layer, and all that may read what they give."""
 BEFORE: Mapping[str, str] = {"o_proj": "v_proj", "down_proj": "up_proj"}
 """Matrices of a block whose input is linear in the output of another, by the last part of their names."""
+LATENT = "kv_b_proj"
+"""What gives keys and values, head by head, of attention over a latent vector (MLA)."""
 MULTIPLYING = frozenset({
     "llama", "mistral", "mixtral", "phi3", "qwen2", "qwen3", "qwen2_moe", "qwen3_moe", "olmoe",
     "deepseek_v2", "deepseek_v3", "deepseek_v32", "kimi_k2", "dots1", "glm4_moe", "glm4_moe_lite",
@@ -69,12 +75,23 @@ _IN_LAYER = re.compile(r"(?:^|\.)layers\.\d+\.(.+)$")
 @dataclass(frozen=True)
 class Fold:
     """Tensors by name: the matrices that read an input, and what 1/scale of it goes into, a norm's weight or
-    the rows of a matrix, which may have a bias."""
+    the rows of a matrix, which may have a bias. `heads`: rows of a head of that matrix, and how many of them,
+    the last ones, are meant; None where all are."""
 
     readers: frozenset[str]
     norm: str | None = None
     rows: str | None = None
     bias: str | None = None
+    heads: tuple[int, int] | None = None
+
+    def spread(self, scales: torch.Tensor, rows: int) -> torch.Tensor:
+        """What each of the matrix's rows is multiplied by, for scales of what its rows give."""
+        if self.heads is None:
+            return 1 / scales
+        every, values = self.heads
+        found = scales.new_ones(rows // every, every)
+        found[:, every - values :] = 1 / scales.view(-1, values)
+        return found.flatten()
 
 
 @dataclass
@@ -122,6 +139,7 @@ class _Layer:
         experts: ExpertRules | None,
     ) -> None:
         self.works = works
+        self.config = config
         self.kind = str(config.get("model_type"))
         self.clamped = config.get("clip_qkv") is not None
         self.before = dict(BEFORE)
@@ -143,6 +161,8 @@ class _Layer:
             if path in readers:
                 return self._norm_fold(norm, readers, ref)
         block, _, last = path.rpartition(".")
+        if last == "o_proj" and f"{block}.{LATENT}" in self.weights:
+            return self._latent_fold(self.weights[f"{block}.{LATENT}"], ref)
         if last in self.before:
             return self._row_fold(f"{block}.{self.before[last]}", ref)
         return ROUTED if ref.info.role in ("routed_expert", "shared_expert") else UNKNOWN
@@ -187,3 +207,14 @@ class _Layer:
         if before.name not in self.works or (bias is not None and not isinstance(bias.codec, Plain)):
             return KEPT
         return Fold(frozenset({ref.name}), rows=before.name, bias=bias.name if bias is not None else None)
+
+    def _latent_fold(self, before: TensorRef, ref: TensorRef) -> Fold | str:
+        nope, values = (self.config.get(key) for key in ("qk_nope_head_dim", "v_head_dim"))
+        if not isinstance(nope, int) or not isinstance(values, int):
+            return UNKNOWN
+        heads, rest = divmod(before.shape[0], nope + values)
+        if rest or heads * values != ref.shape[1]:
+            return UNKNOWN
+        if before.name not in self.works:
+            return KEPT
+        return Fold(frozenset({ref.name}), rows=before.name, heads=(nope + values, values))

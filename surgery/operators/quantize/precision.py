@@ -70,14 +70,21 @@ class Precision(Operator):
             raise ValueError("give `bits` or `scheme`, not both")
         return self
 
+    def entry_of(self, ref: TensorRef) -> str | None:
+        """The entry of `schemes` that a matrix falls under; None where there is none."""
+        for entry in self.schemes:
+            named = entry == ref.info.role or entry.startswith("re:")
+            if (named or ref.info.role in SOLVED_ROLES) and matcher(entry)(ref):
+                return entry
+        return None
+
     def scheme_of(self, ref: TensorRef) -> Scheme | None:
         """The scheme of a tensor; None where it stays."""
         if not is_matrix(ref):
             return None
-        for entry, text in self.schemes.items():
-            named = entry == ref.info.role or entry.startswith("re:")
-            if (named or ref.info.role in SOLVED_ROLES) and matcher(entry)(ref):
-                return self._parsed(text)
+        entry = self.entry_of(ref)
+        if entry is not None:
+            return self._parsed(self.schemes[entry])
         return self._parsed(self.scheme or f"int{self.bits}") if ref.info.role in SOLVED_ROLES else None
 
     def work(self, ref: TensorRef) -> Work | None:

@@ -14,8 +14,8 @@ from surgery.errors import PlanError
 from surgery.operators.protocol import PREVIOUS, Kind, record_step
 from surgery.operators.quantize.precision import Precision
 from surgery.stream.checkpoint import Checkpoint, TensorRef
-from surgery.stream.formats import stored_as
-from surgery.stream.recode import RoundedRef, Rounding
+from surgery.stream.recode import stored_as
+from surgery.stream.rounding import RoundedRef, Rounding
 
 
 def rtn(

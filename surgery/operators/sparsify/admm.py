@@ -23,11 +23,11 @@ import torch
 from pydantic import Field
 
 from surgery.operators.layerwise.hessian import faults_of
-from surgery.operators.layerwise.operator import MatrixOperator
 from surgery.operators.layerwise.problem import Problem, Solved
+from surgery.operators.sparsify.allocating import Allocating
 from surgery.operators.sparsify.magnitude import magnitude
 from surgery.operators.sparsify.masks import Sparsity, lowest_of_groups, lowest_of_matrices, lowest_of_rows
-from surgery.operators.sparsify.sparsity import Sparsifying, sparsity_of
+from surgery.operators.sparsify.sparsity import sparsity_of
 
 Pool = Literal["matrix", "row"]
 
@@ -95,7 +95,7 @@ def choose(
     return lowest_of_matrices(others, share * sparsity[0] / sparsity[1], splits)
 
 
-class Admm(Sparsifying, MatrixOperator):
+class Admm(Allocating):
     """Params of `sparsify.admm`."""
 
     op: ClassVar[str] = "sparsify.admm"

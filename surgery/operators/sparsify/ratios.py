@@ -16,7 +16,7 @@ Deviation: the mean weighs layers by their size where sizes are given, so that t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 
@@ -55,31 +55,34 @@ def spread(
     return found
 
 
-def outlier_share(matrices: Sequence[tuple[torch.Tensor, torch.Tensor]], *, multiple: float = 5.0) -> float:
+def outlier_share(matrices: Iterable[tuple[torch.Tensor, torch.Tensor]], *, multiple: float = 5.0) -> float:
     """The share of Wanda scores above `multiple` times their mean, of all matrices of a layer: weights
-    [R, C] and Σ x² [C] of each."""
-    count = sum(weights.numel() for weights, _ in matrices)
-    total = sum(float(wanda_scores(*pair).sum(dtype=torch.float64)) for pair in matrices)
+    [..., R, C] and Σ x² [..., C] of each. They are gone through twice."""
+    count, total = 0, 0.0
+    for weights, squares in matrices:
+        count += weights.numel()
+        total += float(wanda_scores(weights, squares).sum(dtype=torch.float64))
     bound = multiple * total / count
     return sum(int((wanda_scores(*pair) > bound).sum()) for pair in matrices) / count
 
 
-def half_error(weights: torch.Tensor, gram: torch.Tensor, *, block_size: int = 128) -> float:
-    """Σ over the rows of [R, C] of the least ‖w_P X‖² found for sets P of half the columns."""
+def half_error(weights: torch.Tensor, gram: torch.Tensor, *, block_size: int = 128) -> torch.Tensor:
+    """Σ over the rows of [..., R, C] of the least ‖w_P X‖² found for sets P of half the columns, with Gram
+    matrices [..., C, C]: float64 [...]."""
     cols = weights.shape[-1]
-    costs = weights.square() * gram.diagonal()
-    error = torch.zeros((), dtype=torch.float64, device=weights.device)
+    costs = weights.square() * gram.diagonal(dim1=-2, dim2=-1)[..., None, :]
+    error = torch.zeros(weights.shape[:-2], dtype=torch.float64, device=weights.device)
     for start in range(0, cols, block_size):
         block = slice(start, min(start + block_size, cols))
-        here, own, inner = weights[:, block], costs[:, block], gram[block, block]
+        here, own, inner = weights[..., block], costs[..., block], gram[..., block, block]
         lost = torch.zeros_like(here)
         for _ in range(here.shape[-1] // 2):
             chosen = own.argmin(-1, keepdim=True)
-            error += own.gather(-1, chosen).sum(dtype=torch.float64)
+            error += own.gather(-1, chosen).sum((-2, -1), dtype=torch.float64)
             w = here.gather(-1, chosen)
-            own += 2 * here * w * inner[chosen[:, 0]]
+            own += 2 * here * w * inner.gather(-2, chosen.expand_as(here))
             own.scatter_(-1, chosen, torch.inf)
             lost.scatter_(-1, chosen, w)
         behind = slice(block.stop, cols)
-        costs[:, behind] += 2 * weights[:, behind] * (lost @ gram[block, behind])
-    return float(error)
+        costs[..., behind] += 2 * weights[..., behind] * (lost @ gram[..., block, behind])
+    return error

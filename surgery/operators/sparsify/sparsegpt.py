@@ -24,12 +24,13 @@ from surgery.codecs.forms import ScaleDtype, codec_of
 from surgery.codecs.grid import GridMethod, Quantized, fit_grid, quantize
 from surgery.codecs.schemes import IntScheme, parse_scheme
 from surgery.operators.layerwise.hessian import Factors, factorize
-from surgery.operators.layerwise.operator import MatrixOperator, check_groups, quantized_config
+from surgery.operators.layerwise.operator import check_groups, quantized_config
 from surgery.operators.layerwise.problem import Problem, Solved
 from surgery.operators.layerwise.sweep import Decision, Solution, sweep_columns
+from surgery.operators.sparsify.allocating import Allocating
 from surgery.operators.sparsify.magnitude import magnitude
 from surgery.operators.sparsify.masks import Sparsity, check_pattern, lowest_of_matrices
-from surgery.operators.sparsify.sparsity import Sparsifying, sparsity_of
+from surgery.operators.sparsify.sparsity import sparsity_of
 from surgery.stream.checkpoint import Checkpoint, TensorRef
 
 
@@ -77,7 +78,7 @@ def sparsegpt(
     return Solution(current, Quantized(codes, found.scales, found.zeros))
 
 
-class SparseGPT(Sparsifying, MatrixOperator):
+class SparseGPT(Allocating):
     """Params of `sparsify.sparsegpt`."""
 
     op: ClassVar[str] = "sparsify.sparsegpt"

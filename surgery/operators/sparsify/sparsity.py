@@ -1,9 +1,7 @@
 """What the sparsifying operators share: how many weights go, of which matrices, and layer by layer.
 
 `sparsity` is the share of weights that become zero, `pattern` n:m instead (`2:4`: two of every four columns).
-`layer_sparsity` spreads an unstructured sparsity over the layers: `uniform`, a share for each decoder layer
-(their mean over the weights is then what `sparsity` says, or it is left out), or by what a first walk finds
-(`owl`, `lsa`, see `ratios.py`).
+`layer_sparsity` is a share for each decoder layer instead; `allocate` finds one for each (`allocating.py`).
 
 Sparse weights are stored dense, with zeros, in the form that they had: no published engine loads another.
 """

@@ -9,11 +9,11 @@ from typing import ClassVar
 
 import torch
 
-from surgery.operators.layerwise.operator import MatrixOperator
 from surgery.operators.layerwise.problem import Problem, Solved
+from surgery.operators.sparsify.allocating import Allocating
 from surgery.operators.sparsify.magnitude import magnitude
 from surgery.operators.sparsify.masks import Sparsity, lowest_of_rows
-from surgery.operators.sparsify.sparsity import Sparsifying, sparsity_of
+from surgery.operators.sparsify.sparsity import sparsity_of
 
 
 def wanda(weights: torch.Tensor, squares: torch.Tensor, sparsity: Sparsity) -> torch.Tensor:
@@ -30,7 +30,7 @@ def wanda_scores(weights: torch.Tensor, squares: torch.Tensor) -> torch.Tensor:
     return weights.abs() * squares.sqrt()[..., None, :]
 
 
-class Wanda(Sparsifying, MatrixOperator):
+class Wanda(Allocating):
     """Params of `sparsify.wanda`."""
 
     op: ClassVar[str] = "sparsify.wanda"

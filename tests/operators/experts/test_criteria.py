@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from expert_sums import naive_sums
-from folders import file_hashes, strict_manifest
+from folders import file_hashes, opaque_experts, strict_manifest
 from walk_models import DEMOS, Families, alone, demos, experts_of, masked_routers, run
 
 import surgery
@@ -193,13 +193,27 @@ def test_idle_domains_and_experts_score_nothing() -> None:
         assert scores[1] > 0 and scores[[0, 2, 3]].tolist() == [0.0] * 3 and np.isfinite(scores).all()
 
 
-def test_counts_from_mxfp4_cannot_be_taken(tmp_path: Path) -> None:
-    folder = factories.gpt_oss_mxfp4(tmp_path / "model", 2)
-    with pytest.raises(CheckpointError, match=r"mxfp4|MXFP4"):
+def test_counts_from_forms_that_are_only_copied_cannot_be_taken(tmp_path: Path) -> None:
+    folder = opaque_experts(factories.qwen3_moe(tmp_path / "model", 2))
+    with pytest.raises(CheckpointError, match="hqq"):
         prune(
             folder, tmp_path / "out", "experts.easy_ep", keep=2, calibration=str(demos(tmp_path / "d.jsonl"))
         )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["d.jsonl", "model"]
+
+
+def test_mxfp4_experts_score_as_their_values(tmp_path: Path) -> None:
+    """They fit bf16 exactly, so a copy in it gives the same sums, bit for bit."""
+    folder = factories.gpt_oss_mxfp4(tmp_path / "model", 2)
+    wide = surgery.open(folder).save(tmp_path / "wide", format="bf16").folder
+    found = []
+    for each in (folder, wide):
+        calibration = str(demos(tmp_path / "d.jsonl"))
+        manifest = prune(
+            each, tmp_path / f"{each.name}-out", "experts.easy_ep", keep=2, calibration=calibration
+        )
+        found.append((manifest["measurements"][-1], manifest["steps"][-1]["decision"]["layers"]))
+    assert found[0] == found[1]
 
 
 def test_experts_that_run_all_at_once_cannot_be_observed(tiny: Families, tmp_path: Path) -> None:

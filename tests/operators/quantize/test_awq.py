@@ -8,7 +8,14 @@ from brain_surgery import random_weights, relative
 from torch import Tensor
 
 from surgery.codecs.schemes import IntScheme
-from surgery.operators.quantize.awq import awq, clip, clip_limits, scaling_loss
+from surgery.operators.quantize.awq import (
+    awq,
+    candidate_scales,
+    clip,
+    clip_limits,
+    scaling_loss,
+    weight_means,
+)
 from surgery.operators.quantize.rtn import rtn
 
 SCHEME = IntScheme(3, 4, False)
@@ -91,3 +98,18 @@ def test_losses_are_those_of_rounding_without_scales() -> None:
     found = scaling_loss(weights, inputs @ inputs.mT, ones, SCHEME)
     lost = rtn(weights, SCHEME).values() - weights
     assert relative(found, ((lost @ inputs) ** 2).sum((1, 2))) < 1e-6
+
+
+def test_candidates_are_measured_with_their_clipping() -> None:
+    inputs, weights = inputs_and_weights()
+    weights = weights.pow(3)
+    gram, means = inputs @ inputs.mT, inputs.abs().mean(-1)
+    candidates = candidate_scales(means, weight_means(weights, SCHEME))
+    found = awq(weights, gram, means, SCHEME, max_shrink=0.5)
+    for index, scales in enumerate(candidates):
+        scaled, reached = weights * scales[:, None], inputs / scales[..., None]
+        limits = clip_limits(scaled, reached @ reached.mT, SCHEME)
+        rounded = torch.stack([by_groups(each) for each in clip(scaled, limits)])
+        lost = ((rounded @ reached - weights @ inputs) ** 2).sum((1, 2))
+        assert relative(found.losses[index], lost) < 1e-5
+    assert (found.losses < awq(weights, gram, means, SCHEME).losses).any(), "there is something to clip"
