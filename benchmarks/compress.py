@@ -25,7 +25,7 @@ from surgery.evaluate.run import evaluate
 from surgery.stream.checkpoint import Checkpoint
 
 TEXTS = ("prose-valid.jsonl", "code-valid.jsonl", "math-valid.jsonl", "wikitext2-test.txt")
-SEQUENCES, CONTEXT, WINDOWS = 32, 512, 12
+SEQUENCES, CONTEXT, WINDOWS = 12, 512, 8
 
 
 def calibration(data: Path) -> dict[str, Any]:

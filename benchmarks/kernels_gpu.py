@@ -66,20 +66,24 @@ def same(a: torch.Tensor, b: torch.Tensor, what: str) -> None:
 def check_sums(
     values: list[torch.Tensor], coded: list[tuple[torch.Tensor, torch.Tensor]], ue8m0: bool, broken: bool
 ) -> int:
-    """Weighted sums of FP8, mixed and bf16 parents."""
+    """Weighted sums of three and two FP8, of mixed and of bf16 parents."""
     done = 0
     parents = [Operand(*each) for each in coded]
     mixed = [parents[0], Operand(values[1].bfloat16()), Operand(values[2])]
     plain = [Operand(v.bfloat16()) for v in values]
-    for group in (parents, mixed, plain):
+    for group in (parents, parents[:2], mixed, plain):
         host = [Operand(p.values.cpu(), None if p.scales is None else p.scales.cpu()) for p in group]
         for dtype in (torch.uint8, torch.bfloat16, torch.float32):
             for weights in ([0.5, 0.3, 0.2], [0.0, 0.3, 0.7]):
                 for squares in (False, True):
                     options = {"squares": squares, "ue8m0": ue8m0}
-                    got, sums = ops.assemble(group, weights, dtype, **options)
-                    want_out, want_sums = ops.assemble(host, weights, dtype, **options)
-                    same(got.values, want_out.values, f"assemble {tuple(values[0].shape)} {dtype}")
+                    part = weights[: len(group)]
+                    got, sums = ops.assemble(group, part, dtype, **options)
+                    want_out, want_sums = ops.assemble(host, part, dtype, **options)
+                    what = f"assemble {len(group)} {tuple(values[0].shape)} {dtype}"
+                    same(got.values, want_out.values, what)
+                    if got.scales is not None:
+                        same(got.scales, want_out.scales, f"{what}, scales")
                     if squares and not broken:
                         torch.testing.assert_close(sums.cpu(), want_sums, rtol=1e-12, atol=0)
                     done += 1
@@ -131,6 +135,31 @@ def check_all_codes() -> int:
         got, want = ops.encode_fp8_block(wide.cuda()), reference.encode_fp8_block(wide, ue8m0=False)
         same(got[0], want[0], "all bf16"), same(got[1], want[1], "all bf16 scales")
         done += 2
+    return done
+
+
+def check_large(size: int = 8192) -> int:
+    """FP8 parents against the reference on the device: many blocks of each thread block."""
+    done = 0
+    wide = [torch.randn(size, size + 16, device="cuda") * 0.02 for _ in range(3)]
+    parents = [Operand(*reference.encode_fp8_block(each, ue8m0=False)) for each in wide]
+    wide = [each.decoded() for each in parents]
+    for count, weights in ((2, [0.3, 0.7]), (3, [0.2, 0.3, 0.5])):
+        total = reference.weighted_sum(wide[:count], weights)
+        narrow = total.bfloat16()
+        codes, scales = reference.encode_fp8_block(total, ue8m0=False)
+        sums = reference.block_squares(wide[0], wide[1:count])
+        for squares in (False, True):
+            options = {"squares": squares, "ue8m0": False}
+            got, found = ops.assemble(parents[:count], weights, torch.uint8, **options)
+            same(got.values, codes, f"large sum of {count}")
+            same(got.scales, scales, f"scales of the large sum of {count}")
+            if squares:
+                torch.testing.assert_close(found, sums, rtol=1e-12, atol=0)
+            done += 2 + squares
+        got, _ = ops.assemble(parents[:count], weights, torch.bfloat16, squares=False, ue8m0=False)
+        same(got.values, narrow, f"large sum of {count} to bf16")
+        done += 1
     return done
 
 
@@ -197,6 +226,7 @@ def bench(size: int) -> list[dict[str, Any]]:
     into = torch.empty_like(big)
     copy = 2 * big.numel() / median_ms(lambda: into.copy_(big)) / 1e6
     fa, fb = (Operand(*ops.encode_fp8_block(each)) for each in (a, b))
+    fc = Operand(fa.values.flip(0), fa.scales.flip(0))
     pa, pb = Operand(a), Operand(b)
     rows: list[dict[str, Any]] = [{"op": "copy", "gbps": copy, "of_copy": 1.0}]
 
@@ -214,16 +244,18 @@ def bench(size: int) -> list[dict[str, Any]]:
             }
         )
 
-    half = [0.5, 0.5]
+    half, thirds = [0.5, 0.5], [0.2, 0.3, 0.5]
     plain = {"squares": False, "ue8m0": False}
+    squares = {"squares": True, "ue8m0": False}
     row("fp8 -> bf16", 3, lambda: ops.decode_fp8_block(fa.values, fa.scales, torch.bfloat16))
     row("fp8 -> fp32", 5, lambda: ops.decode_fp8_block(fa.values, fa.scales, torch.float32))
     row("bf16 -> fp8", 3, lambda: ops.encode_fp8_block(a))
-    row("aoe 2 fp8", 3, lambda: ops.assemble([fa, fb], half, torch.uint8, **plain))
-    row(
-        "aoe 2 fp8 + squares", 3, lambda: ops.assemble([fa, fb], half, torch.uint8, squares=True, ue8m0=False)
-    )
-    row("aoe fp8 + bf16 -> fp8", 4, lambda: ops.assemble([fa, pb], half, torch.uint8, **plain))
+    row("2 fp8 -> fp8", 3, lambda: ops.assemble([fa, fb], half, torch.uint8, **plain))
+    row("2 fp8 -> fp8 + squares", 3, lambda: ops.assemble([fa, fb], half, torch.uint8, **squares))
+    row("3 fp8 -> fp8", 4, lambda: ops.assemble([fa, fb, fc], thirds, torch.uint8, **plain))
+    row("3 fp8 -> fp8 + squares", 4, lambda: ops.assemble([fa, fb, fc], thirds, torch.uint8, **squares))
+    row("2 fp8 -> bf16", 4, lambda: ops.assemble([fa, fb], half, torch.bfloat16, **plain))
+    row("fp8 + bf16 -> fp8", 4, lambda: ops.assemble([fa, pb], half, torch.uint8, **plain))
     row("lerp bf16", 6, lambda: ops.assemble([pa, pb], half, torch.bfloat16, **plain))
     out = torch.empty_like(a)
     grid = (size // 128, size // 128)
@@ -266,7 +298,7 @@ def bench(size: int) -> list[dict[str, Any]]:
     row("int4 g128 -> bf16, eager", (2.5 + 5 / 128) / 8, eager_int4)
     row("fp8 -> bf16, eager", 3, lambda: eager(fa).bfloat16())
     row("bf16 -> fp8, eager", 3, lambda: reference.encode_fp8_block(a, ue8m0=False))
-    row("aoe 2 fp8, eager", 3,
+    row("2 fp8 -> fp8, eager", 3,
         lambda: reference.encode_fp8_block(eager(fa).lerp_(eager(fb), 0.5), ue8m0=False))  # fmt: skip
     row("lerp bf16, eager", 6, lambda: torch.lerp(a, b, 0.5))
     return rows
@@ -296,12 +328,16 @@ def main() -> None:
             values = torch.randn(shape, device="cuda")
             coded = Operand(*ops.encode_fp8_block(values))
             ops.decode_fp8_block(coded.values, coded.scales, torch.bfloat16)
-            ops.assemble([coded, Operand(values)], [0.5, 0.5], torch.uint8, squares=True, ue8m0=False)
+            for parents in ([coded, Operand(values)], [coded] * 2, [coded] * 3):
+                for dtype in (torch.uint8, torch.bfloat16):
+                    for squares in (False, True):
+                        weights = [0.5] * len(parents)
+                        ops.assemble(parents, weights, dtype, squares=squares, ue8m0=False)
         check_packed()
         small_sweeps()
         torch.cuda.synchronize()
         return
-    done = check() + check_all_codes() + check_packed()
+    done = check() + check_large() + check_all_codes() + check_packed()
     print(
         f"{done} comparisons equal after {time.perf_counter() - start:.1f} s",
         flush=True,

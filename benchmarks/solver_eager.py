@@ -7,7 +7,7 @@ fifteen small operations; then one product for the columns behind the block. Gri
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -52,12 +52,15 @@ def gptq(
     zeros: torch.Tensor,
     top: int,
     stage: Stage = untimed,
+    groups: Sequence[int] | None = None,
 ) -> torch.Tensor:
-    """Weights [R, C] rounded with scales and zero points [R, C / 128]."""
+    """Weights [R, C] rounded with scales and zero points [R, C / 128]; `groups` has each column's group where
+    columns come in another order."""
+    group = groups or [i // BLOCK for i in range(weights.shape[1])]
     return _columns(
         weights,
         factor,
-        lambda w, i, _: round_column(w, scales[:, i // BLOCK], zeros[:, i // BLOCK], top),
+        lambda w, i, _: round_column(w, scales[:, group[i]], zeros[:, group[i]], top),
         lambda block, first: None,
         stage,
     )

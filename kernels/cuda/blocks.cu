@@ -1,20 +1,18 @@
-// FP8 blocks and weighted sums on CUDA; the C interface of kernels/cpu/entry.cpp, with a stream.
+// Weighted sums and FP8 blocks on CUDA; the C interface of kernels/cpu/entry.cpp, with a stream. Sums of FP8 parents
+// alone go to fp8_sums.cu.
 //
 // One thread block owns one 128 x 128 block: 512 threads, each with two runs of 16 neighbours, so that a
 // warp reads four whole 128-byte lines of codes. The tile stays in registers between its amax and
 // its codes, hence one pass. Built with -fmad=false: products and sums are rounded one by one, as on the CPU.
-#include <cuda_runtime.h>
-#include <cuda_fp16.h>
-
-#include "../core/e4m3.h"
-#include "../cpu/blocks.h"
-#include "store.cuh"
+#include "e4m3.cuh"
+#include "fp8_sums.h"
+#include "sixteen.cuh"
 
 using namespace surgery;
 
 namespace {
 
-constexpr int THREADS = 512, RUN = 16, RUNS = 2, STRIDE = BLOCK / RUNS, MOST_PARENTS = 16;
+constexpr int THREADS = 512, RUNS = 2, STRIDE = BLOCK / RUNS, MOST_PARENTS = 16;
 
 struct Parents {
     const void* values[MOST_PARENTS];
@@ -22,34 +20,6 @@ struct Parents {
     float weights[MOST_PARENTS];
     int32_t kinds[MOST_PARENTS];
 };
-
-__device__ __forceinline__ void unpack4(uint32_t word, float* to) {
-#if __CUDA_ARCH__ >= 890
-    uint32_t low, high;
-    asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(low) : "h"((uint16_t)word));
-    asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(high) : "h"((uint16_t)(word >> 16)));
-    const float2 a = __half22float2(*reinterpret_cast<__half2*>(&low));
-    const float2 b = __half22float2(*reinterpret_cast<__half2*>(&high));
-    to[0] = a.x, to[1] = a.y, to[2] = b.x, to[3] = b.y;
-#else
-#pragma unroll
-    for (int i = 0; i < 4; ++i) to[i] = e4m3_to_float((uint8_t)(word >> 8 * i));
-#endif
-}
-
-__device__ __forceinline__ uint32_t pack4(const float* from) {
-#if __CUDA_ARCH__ >= 890
-    uint16_t low, high;
-    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(low) : "f"(from[1]), "f"(from[0]));
-    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(high) : "f"(from[3]), "f"(from[2]));
-    return (uint32_t)low | (uint32_t)high << 16;
-#else
-    uint32_t word = 0;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) word |= (uint32_t)float_to_e4m3(from[i]) << 8 * i;
-    return word;
-#endif
-}
 
 // 16 values as stored, in registers: loads of both runs are under way before the first is decoded.
 template <int KIND>
@@ -95,38 +65,6 @@ struct Raw {
     }
 };
 
-template <int KIND>
-__device__ __forceinline__ void store(void* into, int64_t at, int count, bool whole, const float* from) {
-    if (whole) {
-        if (KIND == FP8_BLOCK) {
-            __stcs((uint4*)((uint8_t*)into + at),
-                   make_uint4(pack4(from), pack4(from + 4), pack4(from + 8), pack4(from + 12)));
-        } else if (KIND == BF16) {
-#pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                const float* f = from + 8 * half;
-                __stcs((uint4*)((uint16_t*)into + at) + half,
-                       make_uint4(pack_bf16(f[0], f[1]), pack_bf16(f[2], f[3]), pack_bf16(f[4], f[5]),
-                                  pack_bf16(f[6], f[7])));
-            }
-        } else {
-#pragma unroll
-            for (int i = 0; i < 4; ++i)
-                __stcs((float4*)((float*)into + at) + i,
-                       make_float4(from[4 * i], from[4 * i + 1], from[4 * i + 2], from[4 * i + 3]));
-        }
-        return;
-    }
-#pragma unroll
-    for (int i = 0; i < RUN; ++i) {
-        if (i < count) {
-            if (KIND == FP8_BLOCK) ((uint8_t*)into)[at + i] = float_to_e4m3(from[i]);
-            if (KIND == BF16) ((uint16_t*)into)[at + i] = float_to_bf16(from[i]);
-            if (KIND == F32) ((float*)into)[at + i] = from[i];
-        }
-    }
-}
-
 // The quotient by a correctly rounded reciprocal and one remainder (Markstein) is the IEEE quotient where
 // nothing under- or overflows, which `combine_kernel` sees to. Quotients too small for that round to
 // code 0 either way; the remainder loses the sign of a zero, which is put back; infinity and NaN
@@ -160,57 +98,6 @@ struct Place {
     __device__ __forceinline__ int32_t values(int r) const { return r * STRIDE < rows ? count : 0; }
     __device__ __forceinline__ bool whole(int r) const { return aligned && values(r) == RUN; }
 };
-
-// Each store writes 16 bytes beside its neighbour's, hence 8 codes a load for bf16 and 4 for float32.
-template <int KIND>
-__global__ void __launch_bounds__(THREADS / 2)
-    decode_kernel(const uint8_t* codes, const float* scales, void* out, int64_t rows, int64_t cols,
-                  int64_t across, bool aligned) {
-    constexpr int WIDE = KIND == BF16 ? 8 : 4, LANES = BLOCK / WIDE, STEP = THREADS / 2 / LANES;
-    const float scale = scales[blockIdx.x];
-    const int64_t down = blockIdx.x / across;
-    const int64_t row = down * BLOCK + threadIdx.x / LANES;
-    const int64_t col = (blockIdx.x - down * across) * BLOCK + threadIdx.x % LANES * WIDE;
-    const int64_t at = row * cols + col;
-    if (aligned && down * BLOCK + BLOCK <= rows && col + WIDE <= cols) {
-        constexpr int BATCH = 8;
-#pragma unroll
-        for (int first = 0; first < BLOCK / STEP; first += BATCH) {
-            uint32_t words[BATCH][WIDE / 4];
-#pragma unroll
-            for (int r = 0; r < BATCH; ++r) {
-                const uint8_t* from = codes + at + (first + r) * (STEP * cols);
-                if (WIDE == 8) {
-                    const uint2 two = __ldcs((const uint2*)from);
-                    words[r][0] = two.x, words[r][WIDE / 4 - 1] = two.y;
-                } else {
-                    words[r][0] = __ldcs((const uint32_t*)from);
-                }
-            }
-#pragma unroll
-            for (int r = 0; r < BATCH; ++r) {
-                float v[8];
-#pragma unroll
-                for (int g = 0; g < WIDE / 4; ++g) unpack4(words[r][g], v + 4 * g);
-#pragma unroll
-                for (int i = 0; i < WIDE; ++i) v[i] = __fmul_rn(v[i], scale);
-                const int64_t to = at + (first + r) * (STEP * cols);
-                if (KIND == BF16)
-                    __stcs((uint4*)((uint16_t*)out + to), make_uint4(pack_bf16(v[0], v[1]), pack_bf16(v[2], v[3]),
-                                                                      pack_bf16(v[4], v[5]), pack_bf16(v[6], v[7])));
-                else
-                    __stcs((float4*)((float*)out + to), make_float4(v[0], v[1], v[2], v[3]));
-            }
-        }
-        return;
-    }
-    for (int64_t r = row; r < rows && r < down * BLOCK + BLOCK; r += STEP)
-        for (int i = 0; i < WIDE && col + i < cols; ++i) {
-            const float value = __fmul_rn(e4m3_to_float(codes[r * cols + col + i]), scale);
-            if (KIND == BF16) ((uint16_t*)out)[r * cols + col + i] = float_to_bf16(value);
-            else ((float*)out)[r * cols + col + i] = value;
-        }
-}
 
 // What a thread keeps of its 32 values while the parents pass by.
 template <bool SQUARES>
@@ -348,29 +235,12 @@ void choose(const Combine& job, const Parents& parents, int64_t across, int64_t 
     else launch<-1, OUTPUT>(job, parents, across, blocks, aligned, stream);
 }
 
-bool even(const void* pointer) { return ((uintptr_t)pointer & 15) == 0; }
-
 }  // namespace
 
-extern "C" {
-
-const char* surgery_cuda_error(int32_t status) { return cudaGetErrorString((cudaError_t)status); }
-
-int32_t surgery_cuda_decode(const uint8_t* codes, const float* scales, void* out, int32_t kind, int64_t rows,
-                            int64_t cols, cudaStream_t stream) {
-    const int64_t across = (cols + BLOCK - 1) / BLOCK, blocks = (rows + BLOCK - 1) / BLOCK * across;
-    if (blocks > 0x7FFFFFFF) return cudaErrorInvalidConfiguration;
-    const bool aligned = cols % RUN == 0 && even(codes) && even(out);
-    if (kind == BF16)
-        decode_kernel<BF16><<<(unsigned)blocks, THREADS / 2, 0, stream>>>(codes, scales, out, rows, cols, across, aligned);
-    else
-        decode_kernel<F32><<<(unsigned)blocks, THREADS / 2, 0, stream>>>(codes, scales, out, rows, cols, across, aligned);
-    return cudaGetLastError();
-}
-
-int32_t surgery_cuda_combine(const Combine* job, cudaStream_t stream) {
+extern "C" int32_t surgery_cuda_combine(const Combine* job, cudaStream_t stream) {
     const int64_t across = (job->cols + BLOCK - 1) / BLOCK, blocks = (job->rows + BLOCK - 1) / BLOCK * across;
     if (blocks > 0x7FFFFFFF || job->count > MOST_PARENTS) return cudaErrorInvalidConfiguration;
+    if (takes_fp8_sum(*job)) return add_fp8(*job, stream);
     Parents parents = {};
     bool aligned = job->cols % RUN == 0 && even(job->out);
     for (int32_t i = 0; i < job->count; ++i) {
@@ -384,6 +254,4 @@ int32_t surgery_cuda_combine(const Combine* job, cudaStream_t stream) {
     else if (job->out_kind == BF16) choose<BF16>(*job, parents, across, blocks, aligned, stream);
     else choose<F32>(*job, parents, across, blocks, aligned, stream);
     return cudaGetLastError();
-}
-
 }

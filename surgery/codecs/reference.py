@@ -31,7 +31,8 @@ def encode_fp8_block(values: torch.Tensor, *, ue8m0: bool) -> tuple[torch.Tensor
     broken = not bool(torch.isfinite(scales).all())
     if broken:
         scales = block_amax(torch.where(torch.isfinite(values), values, 0.0))
-    scales = scales.div_(LARGEST_CODE)
+    # By a tensor: CUDA divides by a number through its reciprocal, which rounds otherwise.
+    scales = scales.div_(torch.full_like(scales, LARGEST_CODE))
     if ue8m0:
         scales = ceil_to_power_of_two(scales)
     scales = torch.where(scales > 0, scales, 1.0)

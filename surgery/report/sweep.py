@@ -22,6 +22,8 @@ from surgery.report.svg import category, element, line, number, round_up, text
 
 TEMPLATE = "sweep.html.j2"
 WIDE, TALL, LEFT, GAP, TOP = 390.0, 200.0, 52.0, 62.0, 64.0
+CROWDED = 16.0
+"""Points of the front that are nearer to the one before get no label."""
 CSS = (
     "text{font:12.5px system-ui,sans-serif}.ink{fill:#22252a}.soft{fill:#646a73}.strong{font-weight:600}"
     ".grid{stroke:#e8e8e3}.front{stroke:#646a73;fill:none;stroke-dasharray:3 3}"
@@ -271,10 +273,13 @@ def _pareto(
     drawn.append(_path([place(marks[index][1]) for index in front], class_="front"))
     for each, mark in marks:
         drawn.append(_dot(place(mark), each.colour, mark.row["name"], f"{mark.y:.4g}, {mark.x:.4g} tokens"))
+    last = (-CROWDED, -CROWDED)
     for index in front:
         x, y = place(marks[index][1])
-        value = marks[index][1].row["values"].get(axis["label"], "") if axis else ""
-        drawn.append(text(x + 7, y + 14, value, class_="soft"))
+        if abs(x - last[0]) + abs(y - last[1]) >= CROWDED:
+            value = marks[index][1].row["values"][axis["label"]] if axis else ""
+            drawn.append(text(x + 7, y + 14, value, class_="soft"))
+            last = (x, y)
     return drawn
 
 

@@ -4,16 +4,16 @@
 
 x̄ is the mean |x| of an input, w̄ the mean over rows of |w| / max|w| of its group, r = 0, 1/20, … 19/20.
 The s is kept whose error at the outputs of all linears that share the input is least, and no scaling is
-among the candidates. 1/s is folded into what produces the input (`folds.py` says into what). After that,
+among the candidates. 1/s is folded into what produces the input (`folds.py` says into what). After scaling,
 group by group, the range of a row's weights is clipped to 1 − i/20 of it, i = 0 … 9, by the error of the
 group's own inputs. All searches of a layer are on its weights and inputs as they were.
 
 Deviations: AutoAWQ measures at the module that consumes the input, on samples; here the error is exact over
 all tokens and measured at the linears themselves through the Gram matrix, tr(D H Dᵀ). A norm is stored in few
-bits, so that columns are multiplied by what the stored norm was divided by, not by s itself: the fold is
-exact. Inputs that never occur keep the scale 1. AutoAWQ leaves queries and keys unclipped, as it measures
-them apart; here they are clipped like the rest. It quantizes asymmetrically in groups of 128
-(`symmetric: false`); the default here is that of the other quantizing operators.
+bits, so that columns are multiplied by what the stored norm was divided by, not by s: the fold is exact.
+Inputs that never occur keep the scale 1. AutoAWQ leaves queries and keys unclipped, as it measures them
+apart; here they are clipped like the rest. It quantizes asymmetrically in groups of 128 (`symmetric: false`);
+the default here is that of the other quantizing operators.
 """
 
 from __future__ import annotations
@@ -243,18 +243,20 @@ class AWQ(Precision, MatrixOperator):
         return frozenset().union(*(each.beside for each in self._folds(checkpoint).values()))
 
     def solve(self, problem: Problem) -> Solved:
-        weights, scheme = problem.weights, int_scheme_of(problem)
-        scale_dtype = getattr(torch, self.scale_dtype)
+        weights = problem.weights
         if self.clip:
             limits = clip_limits(
-                weights, problem.known_gram, scheme, scale_dtype=scale_dtype, max_shrink=self.max_shrink
-            )
+                weights, problem.known_gram, int_scheme_of(problem),
+                scale_dtype=getattr(torch, self.scale_dtype), max_shrink=self.max_shrink,
+            )  # fmt: skip
             weights = clip(weights, limits)
-        found = rtn(weights, scheme, scale_dtype=scale_dtype)
-        return Solved(found.values(), found)
+        return self._nearest(problem, weights)
 
     def fall_back(self, problem: Problem) -> Solved:
-        found = rtn(problem.weights, int_scheme_of(problem), scale_dtype=getattr(torch, self.scale_dtype))
+        return self._nearest(problem, problem.weights)
+
+    def _nearest(self, problem: Problem, weights: torch.Tensor) -> Solved:
+        found = rtn(weights, int_scheme_of(problem), scale_dtype=getattr(torch, self.scale_dtype))
         return Solved(found.values(), found)
 
     def events_of(self, rows: Sequence[Mapping[str, Any]]) -> tuple[Event, ...]:
