@@ -1,0 +1,113 @@
+"""What nvcc makes of the CUDA kernels: no spills where none are claimed, and 16-byte accesses to memory."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shutil
+import subprocess
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from surgery.codecs.compile import NVCC_FLAGS, find_compiler
+from surgery.errors import SurgeryError
+from surgery.resources import kernel_folder
+
+pytestmark = pytest.mark.slow
+FREE = ("decode", "fp8_sums", "packed", "sweep")
+"""Sources whose kernels are said to spill nothing at sm_90a (kernels/README.md)."""
+WIDE = {
+    "blocks": ("LDG.E.EF.128", "STG.E.EF.128"),
+    "decode": ("STG.E.EF.128",),
+    "fp8_sums": ("LDGSTS.E.BYPASS.128", "STG.E.EF.128"),
+    "packed": ("STG.E.EF.128",),
+    "sweep": ("LDG.E.128", "STG.E.128"),
+}
+"""Accesses to global memory that every kernel of a source makes at sm_90a, where its rows are aligned."""
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], tuple[Path, str]]:
+    """From a source and a target to the code and what ptxas says of it, each built once."""
+    try:
+        nvcc = find_compiler("cuda")
+    except SurgeryError as error:
+        pytest.skip(str(error))
+    folder = tmp_path_factory.mktemp("cubins")
+
+    @cache
+    def build(source: str, target: str) -> tuple[Path, str]:
+        into = folder / f"{source}-{target}.cubin"
+        code = f"-gencode=arch=compute_{target},code=sm_{target}"
+        text = str(kernel_folder() / "cuda" / f"{source}.cu")
+        command = (nvcc, *NVCC_FLAGS, code, "-cubin", "-Xptxas", "-v", text, "-o", str(into))
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+        assert done.returncode == 0, done.stderr
+        return into, done.stderr
+
+    return build
+
+
+def spills(told: str) -> dict[str, int]:
+    """Bytes stored and loaded again, by kernel, functions that it calls included."""
+    found: dict[str, int] = {}
+    for piece in told.split("Compiling entry function '")[1:]:
+        counts = re.findall(r"(\d+) bytes spill (?:stores|loads)", piece)
+        assert counts, piece
+        found[piece.split("'")[0]] = sum(map(int, counts))
+    return found
+
+
+def cuobjdump() -> str | None:
+    """CUDA's own, or the one that triton brings along."""
+    spec = importlib.util.find_spec("triton")
+    folders = [] if spec is None or spec.origin is None else [Path(spec.origin).parent]
+    brought = [folder / "backends" / "nvidia" / "bin" / "cuobjdump" for folder in folders]
+    return shutil.which("cuobjdump") or next((str(path) for path in brought if path.is_file()), None)
+
+
+def accesses(tool: str, cubin: Path) -> dict[str, set[str]]:
+    """Instructions that access memory, by kernel."""
+    done = subprocess.run(
+        (tool, "-sass", str(cubin)), capture_output=True, text=True, timeout=60, check=False
+    )
+    if done.returncode:
+        pytest.skip(f"{tool} fails: {done.stderr.strip()[:200]}")
+    found: dict[str, set[str]] = {}
+    for piece in done.stdout.split("Function : ")[1:]:
+        found[piece.split()[0]] = set(re.findall(r"\b(?:LD|ST)[A-Z]+(?:\.[A-Z0-9]+)*", piece))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("source", "target"), [*((source, "90a") for source in FREE), ("packed", "80"), ("fp8_sums", "80")]
+)
+def test_nothing_spills(compiled: Callable[[str, str], tuple[Path, str]], source: str, target: str) -> None:
+    found = spills(compiled(source, target)[1])
+    assert found, "no kernel"
+    assert not {name: count for name, count in found.items() if count}
+
+
+def test_sums_with_squares_do_not_spill(compiled: Callable[[str, str], tuple[Path, str]]) -> None:
+    found = spills(compiled("blocks", "90a")[1])
+    with_squares = {name: count for name, count in found.items() if "Lb1E" in name}
+    assert len(with_squares) == len(found) / 2
+    assert not any(with_squares.values()), with_squares
+
+
+@pytest.mark.parametrize("source", WIDE)
+def test_memory_is_accessed_16_bytes_at_a_time(
+    compiled: Callable[[str, str], tuple[Path, str]], source: str
+) -> None:
+    tool = cuobjdump()
+    if tool is None:
+        pytest.skip("no cuobjdump, in PATH or with triton")
+    found = accesses(tool, compiled(source, "90a")[0])
+    assert found, "no kernel"
+    for name, used in found.items():
+        assert used.issuperset(WIDE[source]), f"{name}: {sorted(used)}"
+        if source in FREE:
+            assert not [each for each in used if each.startswith(("LDL", "STL"))], name

@@ -1,0 +1,95 @@
+"""Codec operations as torch operators: torch's own checks of them, and the same results as the functions."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+
+from surgery.codecs import bitstream, library, ops, packed_ops
+from surgery.codecs.column_sweep import BlockGrid
+
+CHECKS = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+
+
+def check(operator: Any, arguments: tuple[Any, ...], options: dict[str, Any] | None = None) -> None:
+    torch.library.opcheck(operator, arguments, options or {}, test_utils=CHECKS)
+
+
+def same(found: Any, want: Any) -> None:
+    for one, other in zip(found, want, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
+
+
+@DTYPES
+@pytest.mark.parametrize("shape", [(1, 1), (129, 127), (200, 260)])
+def test_fp8_blocks(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    values = torch.randn(shape).to(dtype)
+    check(library.encode_fp8_block, (values,), {"ue8m0": True})
+    codes, scales = torch.ops.surgery.encode_fp8_block(values)
+    same((codes, scales), ops.encode_fp8_block(values))
+    check(library.decode_fp8_block, (codes, scales, dtype))
+    same([library.decode_fp8_block(codes, scales, dtype)], [ops.decode_fp8_block(codes, scales, dtype)])
+
+
+@DTYPES
+@pytest.mark.parametrize("shared", [True, False])
+def test_streams(dtype: torch.dtype, shared: bool) -> None:
+    words = bitstream.pack(torch.randint(0, 8, (5, 33)).to(torch.uint8), 3)
+    scales, zeros = torch.randn(5, 3), None if shared else torch.randint(0, 8, (5, 3)).to(torch.uint8)
+    arguments = (words, 3, 33, scales, zeros, 4, dtype)
+    check(library.decode_stream, arguments)
+    points = 4 if zeros is None else zeros
+    want = packed_ops.decode_stream(words, 3, 33, scales, points, dtype)
+    same([library.decode_stream(*arguments)], [want])
+
+
+@DTYPES
+def test_nibbles(dtype: torch.dtype) -> None:
+    packed = torch.randint(0, 256, (51,)).to(torch.uint8)
+    arguments = (packed, torch.randn(16), torch.randn(7), 101)
+    options = {"block": 16, "high_first": True, "dtype": dtype}
+    check(library.decode_nibbles, arguments, options)
+    want = packed_ops.decode_nibbles(*arguments, block=16, high_first=True, dtype=dtype)
+    same([library.decode_nibbles(*arguments, **options)], [want])
+
+
+@pytest.mark.parametrize("pattern", [None, (2, 4)])
+@pytest.mark.parametrize("gridded", [True, False])
+def test_sweeps(gridded: bool, pattern: tuple[int, int] | None) -> None:
+    weights = torch.randn(2, 5, 12)
+    factor = torch.linalg.cholesky(torch.eye(12) + 0.1 * torch.ones(12, 12), upper=True).expand(2, 12, 12)
+    grid: BlockGrid | None = None
+    operands: tuple[Any, ...] = (None,) * 3
+    if gridded:
+        group = torch.arange(12, dtype=torch.int32).div(6, rounding_mode="floor").expand(2, 12).contiguous()
+        zeros = torch.randint(0, 16, (2, 5, 2)).to(torch.uint8)
+        grid = BlockGrid(torch.rand(2, 5, 2) + 0.5, zeros, group, 15)
+        operands = grid[:3]
+    arguments = (weights, factor, None, *operands, 15 if gridded else 0, *(pattern or (0, 0)))
+    check(library.sweep_block, arguments)
+    want = ops.sweep_block(weights, factor, pattern=pattern, grid=grid)
+    codes = torch.empty(0, dtype=torch.uint8) if want.codes is None else want.codes
+    same(library.sweep_block(*arguments), (want.values, want.errors, codes))
+
+
+def test_a_traced_program_decodes() -> None:
+    codes, scales = ops.encode_fp8_block(torch.randn(130, 70))
+
+    class Decode(torch.nn.Module):
+        def forward(self, codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+            return torch.ops.surgery.decode_fp8_block(codes, scales, torch.bfloat16) * 2
+
+    program = torch.export.export(Decode(), (codes, scales))
+    assert any("surgery.decode_fp8_block" in str(node.target) for node in program.graph.nodes)
+    same([program.module()(codes, scales)], [ops.decode_fp8_block(codes, scales, torch.bfloat16) * 2])
+
+
+def test_only_this_module_registers() -> None:
+    code = "import torch, surgery.codecs.packed_ops; print(hasattr(torch.ops.surgery, 'decode_fp8_block'))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
