@@ -1,7 +1,7 @@
 """Parity with llm-compressor: the same solvers on the same matrices, and both tools on the same models.
 
     python benchmarks/llmcompressor_parity.py --peer ENVIRONMENT/bin/python ZOO/dense ZOO/data
-        [--moe ZOO/moe-base] [--work FOLDER] [--only NAME]
+        [--moe ZOO/moe-base] [--work FOLDER]
 
 llm-compressor runs in an environment of its own (`llmcompressor_peer.py`); nothing of it is imported. With
 --work its results are kept, and a second call with equal jobs only compares.
@@ -96,6 +96,14 @@ def family(op: str) -> Any:
     return getattr(surgery.quantize if op == "gptq" else surgery.sparsify, op)
 
 
+def calibration_ids(calibration: dict[str, Any], model: Checkpoint, path: Path) -> torch.Tensor:
+    """The ids that our operators calibrate a model on, written for the peer."""
+    found = read_calibration(Calibration(**calibration), load_tokenizer(model))
+    ids = torch.tensor([row for _, row in found.sequences])
+    save_file({"ids": ids}, path)
+    return ids
+
+
 def oneshot(case: Case, model: str, ids: Path, out: Path) -> dict[str, Any]:
     """The peer's job of a case."""
     params = {**case.theirs, "dampening_frac": DAMPING, "block_size": 128}
@@ -188,11 +196,9 @@ def matrix_jobs(model: Checkpoint, sums: dict[str, InputSums], work: Path) -> li
     jobs: list[dict[str, Any]] = []
     for way in WAYS:
         job = {
-            "do": "solve",
-            "given": str(work / "given.safetensors"),
-            "damping": DAMPING,
+            "do": "solve", "given": str(work / "given.safetensors"), "damping": DAMPING,
             "out": str(work / f"matrices-{len(jobs)}.safetensors"),
-        }
+        }  # fmt: skip
         if way in WAYS[2:]:
             jobs.append({**job, "sparsity": 0.5, "pattern": [2, 4] if way == "2:4" else [0, 0]})
         else:
@@ -328,7 +334,6 @@ def main() -> None:
     parser.add_argument("--peer", type=Path, required=True, help="python of llm-compressor's environment")
     parser.add_argument("--moe", type=Path, help="a mixture of experts as well")
     parser.add_argument("--work", type=Path, help="a folder to keep (default: a temporary one)")
-    parser.add_argument("--only", default="", help="models: cases whose name holds this")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         run(given, (given.work or Path(temporary)).absolute())
@@ -338,31 +343,29 @@ def run(given: argparse.Namespace, work: Path) -> None:
     work.mkdir(parents=True, exist_ok=True)
     files = {domain: [str(given.data / f"{domain}-calib.jsonl")] for domain in ("prose", "code", "math")}
     calibration = {
-        "files": files,
-        "num_samples": SEQUENCES,
-        "sequence_length": CONTEXT,
-        "packed": True,
-    }
+        "files": files, "num_samples": SEQUENCES, "sequence_length": CONTEXT, "packed": True,
+    }  # fmt: skip
     model = surgery.open(given.model)
-    found = read_calibration(Calibration(**calibration), load_tokenizer(model))
-    ids = torch.tensor([row for _, row in found.sequences])
-    save_file({"ids": ids}, work / "ids.safetensors")
+    ids = calibration_ids(calibration, model, work / "ids.safetensors")
     save_file({"ids": ids[:2].clone()}, work / "two.safetensors")
     sums = input_sums(load_model(model), ids)
 
     jobs = matrix_jobs(model, sums, work)
     plans: list[tuple[Case, Checkpoint, Path, Path]] = []
-    sources = [(cases(), model)]
+    sources = [(cases(), model, given.model.absolute(), work / "ids.safetensors")]
     if given.moe:
         if not (work / "moe-bf16").exists():
             surgery.open(given.moe).save(work / "moe-bf16", format="bf16")
-        sources.append((moe_cases(), surgery.open(work / "moe-bf16")))
-    for group, source in sources:
-        origin = str(given.model.absolute() if source is model else work / "moe-bf16")
-        for case in (each for each in group if given.only in each.name):
+        moe = surgery.open(work / "moe-bf16")
+        # Not the dense model's ids: transformers cuts texts of a Qwen2 model as Qwen2 does, whatever its
+        # tokenizer.json says, so that equal files give other ids.
+        calibration_ids(calibration, moe, work / "moe-ids.safetensors")
+        sources.append((moe_cases(), moe, work / "moe-bf16", work / "moe-ids.safetensors"))
+    for group, source, origin, known_ids in sources:
+        for case in group:
             mine, other = (work / f"{stem(case)}-{who}" for who in ("ours", "theirs"))
             plans.append((case, source, mine, other))
-            jobs.append(oneshot(case, origin, work / "ids.safetensors", other))
+            jobs.append(oneshot(case, str(origin), known_ids, other))
     for case, source, mine, _ in plans:
         our_child(case, source, calibration, mine)
     exports = [mine for case, source, mine, _ in plans if case.op == "gptq" and source is model]
@@ -374,18 +377,19 @@ def run(given: argparse.Namespace, work: Path) -> None:
     told = call(given.peer, work / "peer", jobs)
 
     print(f"{time.strftime('%Y-%m-%d')}; ours with torch {torch.__version__}; theirs: {told['versions']}")
-    print(f"{len(ids)} sequences of {CONTEXT} tokens; sha256 {found.digest[:16]}")
+    print(f"{len(ids)} sequences of {CONTEXT} tokens")
     for out, fault in told["faults"].items():
         print(f"the peer fails: {Path(out).name}: {fault}")
-    show("way | matrix | scales equal | eager: codes (zeros) that differ, in rows | eager: error to theirs | "
-         "ours: codes (zeros) that differ, in rows | ours: error to theirs", list(compare_matrices(work)))  # fmt: skip
+    print("\nDifferences: codes, or zeros, and in how many rows; errors to the package's.")
+    show("way | matrix | scales equal | eager differs | error | ours differs | error",
+         list(compare_matrices(work)))  # fmt: skip
     rows = []
     for case, source, mine, other in plans:
         if str(other) not in told["faults"]:
             known = sums if source is model else None
             cells = compare_children(source, surgery.open(mine), surgery.open(other), known, given.data)
             rows.append([f"{case.name}, {case.dtype}", *cells])
-    dense = [perplexity(source, given.data) for _, source in sources]
+    dense = [perplexity(source, given.data) for _, source, _, _ in sources]
     show("case | differ, layer 0 / all | error, ours | theirs | mean ratio | ratios | perplexity, ours | "
          "theirs | ours to theirs", rows)  # fmt: skip
     print(f"\nperplexity unchanged: {', '.join(f'{each:.3f}' for each in dense)}")
