@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,80 +33,43 @@ from surgery.cli.render import Output
 from surgery.cli.run import resumable, run_and_show, show_plan
 from surgery.errors import UsageError
 
+STEPS = {
+    "prune": ("experts.easy_ep", "Drop the routed experts that a domain does not need."),
+    "sparsify": ("sparsify.sparsegpt", "Set weights to zero, and make up for them in the others."),
+    "quantize": ("quantize.gptq", "Store weights in few bits."),
+}
+"""The operator and the help of each command."""
+
 
 def register(app: typer.Typer) -> None:
-    app.command()(prune)
-    app.command()(sparsify)
-    app.command()(quantize)
+    for name, (default, about) in STEPS.items():
+        app.command(name)(_command(default, about))
 
 
-def prune(
-    model: Model,
-    out: Out,
-    op: Op = "experts.easy_ep",
-    set_: Param = None,
-    calibration: CalibrationFiles = None,
-    output_format: OutputFormat = "source",
-    dry_run: DryRun = False,
-    device: Device = "cpu",
-    dtype: Dtype = None,
-    memory: Memory = DEFAULT_MEMORY,
-    threads: Threads = None,
-    trust_remote_code: RemoteCode = False,
-    fresh: Fresh = False,
-    overwrite: Overwrite = False,
-    strict: Strict = False,
-    json: Json = False,
-    quiet: Quiet = False,
-) -> None:
-    """Drop the routed experts that a domain does not need. The same command resumes after a stop."""
-    _one_step(**locals())
+def _command(default: str, about: str) -> Callable[..., None]:
+    def command(
+        model: Model,
+        out: Out,
+        op: Op = default,
+        set_: Param = None,
+        calibration: CalibrationFiles = None,
+        output_format: OutputFormat = "source",
+        dry_run: DryRun = False,
+        device: Device = "cpu",
+        dtype: Dtype = None,
+        memory: Memory = DEFAULT_MEMORY,
+        threads: Threads = None,
+        trust_remote_code: RemoteCode = False,
+        fresh: Fresh = False,
+        overwrite: Overwrite = False,
+        strict: Strict = False,
+        json: Json = False,
+        quiet: Quiet = False,
+    ) -> None:
+        _one_step(**locals())
 
-
-def sparsify(
-    model: Model,
-    out: Out,
-    op: Op = "sparsify.sparsegpt",
-    set_: Param = None,
-    calibration: CalibrationFiles = None,
-    output_format: OutputFormat = "source",
-    dry_run: DryRun = False,
-    device: Device = "cpu",
-    dtype: Dtype = None,
-    memory: Memory = DEFAULT_MEMORY,
-    threads: Threads = None,
-    trust_remote_code: RemoteCode = False,
-    fresh: Fresh = False,
-    overwrite: Overwrite = False,
-    strict: Strict = False,
-    json: Json = False,
-    quiet: Quiet = False,
-) -> None:
-    """Set weights to zero, and make up for them in the others. The same command resumes after a stop."""
-    _one_step(**locals())
-
-
-def quantize(
-    model: Model,
-    out: Out,
-    op: Op = "quantize.gptq",
-    set_: Param = None,
-    calibration: CalibrationFiles = None,
-    output_format: OutputFormat = "source",
-    dry_run: DryRun = False,
-    device: Device = "cpu",
-    dtype: Dtype = None,
-    memory: Memory = DEFAULT_MEMORY,
-    threads: Threads = None,
-    trust_remote_code: RemoteCode = False,
-    fresh: Fresh = False,
-    overwrite: Overwrite = False,
-    strict: Strict = False,
-    json: Json = False,
-    quiet: Quiet = False,
-) -> None:
-    """Store weights in few bits. The same command resumes after a stop."""
-    _one_step(**locals())
+    command.__doc__ = f"{about} The same command resumes after a stop."
+    return command
 
 
 def _one_step(
