@@ -8,9 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import factories
 import pytest
 import torch
 from folders import change_shards, file_hashes, strict_manifest
+from tiny_models import to_fp8, write_tokenizer
 from walk_models import Families, demos
 from walk_runs import CONTEXT, kill, layers_walked, same
 
@@ -76,8 +78,6 @@ def test_packed_integers_load_and_verify(tiny: Families, tmp_path: Path, data: P
 
 def test_float8_parents(tiny: Families, tmp_path: Path, data: Path) -> None:
     """FP8 blocks in, FP8 blocks out where weights are cut, 4 bits where they are quantized."""
-    from tiny_models import to_fp8
-
     folder = to_fp8(tiny("deepseek_v3"), tmp_path / "fp8")
     run(recipe(folder, data, SPARSE), tmp_path / "sparse")
     assert surgery.open(tmp_path / "sparse").quantization["quant_method"] == "fp8"
@@ -262,3 +262,26 @@ def test_a_plan_says_what_it_takes(tiny: Families, tmp_path: Path, data: Path) -
     assert walk["parts"]["solver"] > 0 and walk["spool_bytes"] > 0
     assert write["steps"] == ["quantize.gptq"]
     assert json.dumps(plan.as_dict())
+
+
+@pytest.mark.parametrize("mtp", ["keep", "rtn"])
+def test_the_prediction_layer_keeps_its_bytes_or_is_rounded(tmp_path: Path, data: Path, mtp: str) -> None:
+    folder = factories.deepseek_v3(tmp_path / "model", 5)
+    write_tokenizer(folder)
+    run(recipe(folder, data, {**GPTQ, "mtp": mtp}), tmp_path / "out")
+    before, after = surgery.open(folder), surgery.open(tmp_path / "out")
+    predicted = [ref for ref in after.tensors.values() if ref.info.mtp]
+    packed = [ref for ref in predicted if isinstance(ref.codec, PackedInt)]
+    assert predicted and bool(packed) == (mtp == "rtn")
+    for ref in predicted:
+        if ref not in packed:
+            assert torch.equal(ref.read(), before.tensors[ref.name].read())
+
+
+def test_forms_that_no_format_holds_together_are_refused(tiny: Families, tmp_path: Path) -> None:
+    folder = to_fp8(tiny("deepseek_v3"), tmp_path / "fp8")
+    step = {"op": "quantize.rtn", "scheme": "nf4", "schemes": {"attention": "keep"}}
+    document = {"parents": {"model": str(folder)}, "steps": [step]}
+    with pytest.raises(PlanError, match=r"bnb-nf4 cannot express .*fp8-block"):
+        run(document, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

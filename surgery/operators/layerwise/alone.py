@@ -34,9 +34,11 @@ class AloneOperator(Operator):
         """The tensor as it will be."""
         raise TypeError(f"{type(self).__name__} does not say what becomes of a tensor")
 
-    def config_after(self, checkpoint: Checkpoint, tensors: Mapping[str, TensorRef]) -> Mapping[str, Any]:
-        """The config that goes with the treated tensors."""
-        return checkpoint.config
+    def described(
+        self, checkpoint: Checkpoint, tensors: Mapping[str, TensorRef]
+    ) -> tuple[Mapping[str, TensorRef], Mapping[str, Any]]:
+        """The treated tensors with those that stay, under the names that go together, and their config."""
+        return tensors, checkpoint.config
 
     def apply(self, inputs: Mapping[str, Checkpoint]) -> Checkpoint:
         (checkpoint,) = inputs.values()
@@ -54,6 +56,5 @@ class AloneOperator(Operator):
         label, history = record_step(
             self.op, self.summary(), {self.input_names()[0]: checkpoint.label}, [checkpoint]
         )
-        return checkpoint.replace(
-            tensors=tensors, config=self.config_after(checkpoint, tensors), label=label, history=history
-        )
+        named, config = self.described(checkpoint, tensors)
+        return checkpoint.replace(tensors=named, config=config, label=label, history=history)

@@ -47,6 +47,9 @@ class Measured:
         return self.row
 
 
+Tensors = Mapping[str, TensorRef]
+
+
 class MatrixOperator(LayerOperator):
     """Params that all solving operators share."""
 
@@ -86,9 +89,9 @@ class MatrixOperator(LayerOperator):
         """A tensor of the prediction layer, or outside of all layers, treated by its weights alone."""
         return stored_as(ref, work.codec)
 
-    def config_after(self, checkpoint: Checkpoint, tensors: Mapping[str, TensorRef]) -> Mapping[str, Any]:
-        """The config that goes with the solved tensors."""
-        return checkpoint.config
+    def described(self, checkpoint: Checkpoint, tensors: Tensors) -> tuple[Tensors, Mapping[str, Any]]:
+        """The solved tensors with those that stay, under the names that go together, and their config."""
+        return tensors, checkpoint.config
 
     def solve(self, problem: Problem) -> Solved:
         raise TypeError(f"{type(self).__name__} cannot solve")
@@ -238,9 +241,10 @@ class MatrixOperator(LayerOperator):
             self.op, self.summary(), {self.input_names()[0]: checkpoint.label}, [checkpoint],
             decision.data if decision.data else None,
         )  # fmt: skip
+        named, config = self.described(checkpoint, tensors)
         return checkpoint.replace(
-            tensors=tensors,
-            config=self.config_after(checkpoint, tensors),
+            tensors=named,
+            config=config,
             label=label,
             history=history,
             events=(*checkpoint.events, *decision.events),
@@ -346,10 +350,12 @@ def check_groups(ref: TensorRef, scheme: IntScheme) -> None:
         ) from error
 
 
-def quantized_config(config: Mapping[str, Any], tensors: Mapping[str, TensorRef]) -> Mapping[str, Any]:
-    """A config that says how these tensors are stored. Raises PlanError where no published format holds all
-    of their forms."""
-    from surgery.stream.quantization_configs import quantization_config
+def quantized_together(checkpoint: Checkpoint, tensors: Tensors) -> tuple[Tensors, Mapping[str, Any]]:
+    """Tensors of which some are quantized now, and the config that says how all are stored. What stays in FP8
+    blocks keeps its bytes, under the names of the format that holds the others. Raises PlanError where no
+    published format holds all of their forms."""
+    from surgery.stream.formats import FORMS, to_compressed_tensors
+    from surgery.stream.quantization_configs import cannot_express
 
     kinds = {type(ref.codec) for ref in tensors.values() if not isinstance(ref.codec, Plain | Opaque)}
     form = "compressed-tensors"
@@ -357,4 +363,14 @@ def quantized_config(config: Mapping[str, Any], tensors: Mapping[str, TensorRef]
         form = "fp8-block"
     elif Bnb4 in kinds:
         form = "bnb-nf4"
-    return {**config, "quantization_config": quantization_config(tensors, form)}
+        other = next(
+            (ref for ref in tensors.values() if not isinstance(ref.codec, Bnb4 | Plain | Opaque)), None
+        )
+        if other is not None:
+            raise cannot_express(form, other)
+    else:
+        tensors = {name: to_compressed_tensors(ref) for name, ref in tensors.items()}
+    describe = FORMS[form][1]
+    if describe is None:
+        raise TypeError(f"{form} has no quantization_config")
+    return tensors, {**checkpoint.config, "quantization_config": describe(checkpoint, tensors)}

@@ -23,7 +23,7 @@ from pydantic import Field, field_validator, model_validator
 from surgery.codecs.forms import ScaleDtype, codec_of
 from surgery.codecs.schemes import FloatScheme, IntScheme, Scheme, parse_scheme
 from surgery.errors import PlanError
-from surgery.operators.layerwise.operator import check_groups, check_plain, quantized_config
+from surgery.operators.layerwise.operator import Tensors, check_groups, check_plain, quantized_together
 from surgery.operators.layerwise.problem import Problem, Work
 from surgery.operators.layerwise.select import SOLVED_ROLES, is_matrix
 from surgery.operators.protocol import Operator
@@ -102,9 +102,9 @@ class Precision(Operator):
             check_groups(ref, scheme)
         return Work(codec_of(scheme, self.scale_dtype), scheme)
 
-    def config_after(self, checkpoint: Checkpoint, tensors: Mapping[str, TensorRef]) -> Mapping[str, Any]:
-        """The config with the quantization_config of these tensors."""
-        return quantized_config(checkpoint.config, tensors)
+    def described(self, checkpoint: Checkpoint, tensors: Tensors) -> tuple[Tensors, Mapping[str, Any]]:
+        """See `MatrixOperator`: with the quantization_config of these tensors."""
+        return quantized_together(checkpoint, tensors)
 
     def check_whole_numbers(self) -> None:
         """Raises ValueError for schemes that are none of whole numbers."""

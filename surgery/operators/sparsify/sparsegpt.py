@@ -24,7 +24,7 @@ from surgery.codecs.forms import ScaleDtype, codec_of
 from surgery.codecs.grid import GridMethod, Quantized, fit_grid, quantize
 from surgery.codecs.schemes import IntScheme, parse_scheme
 from surgery.operators.layerwise.hessian import Factors, factorize
-from surgery.operators.layerwise.operator import check_groups, quantized_config
+from surgery.operators.layerwise.operator import Tensors, check_groups, quantized_together
 from surgery.operators.layerwise.problem import Problem, Solved
 from surgery.operators.layerwise.sweep import Decision, Solution, sweep_columns
 from surgery.operators.sparsify.allocating import Allocating
@@ -115,8 +115,10 @@ class SparseGPT(Allocating):
         check_groups(ref, self.joint)
         return codec_of(self.joint, self.scale_dtype)
 
-    def config_after(self, checkpoint: Checkpoint, tensors: Mapping[str, TensorRef]) -> Mapping[str, Any]:
-        return checkpoint.config if self.joint is None else quantized_config(checkpoint.config, tensors)
+    def described(self, checkpoint: Checkpoint, tensors: Tensors) -> tuple[Tensors, Mapping[str, Any]]:
+        if self.joint is None:
+            return tensors, checkpoint.config
+        return quantized_together(checkpoint, tensors)
 
     def solve(self, problem: Problem) -> Solved:
         factors = factorize(problem.known_gram, self.damping)
