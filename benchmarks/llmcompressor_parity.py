@@ -169,9 +169,8 @@ def eager_values(weight: torch.Tensor, hessian: torch.Tensor, way: str) -> torch
         order = torch.argsort(hessian.diagonal(), descending=True)
     factor = eager.inverse_factor(hessian[order][:, order], DAMPING)
     groups = (order // INT4.group_size).tolist()
-    found = eager.gptq(
-        weight[:, order], factor, grid.scales, grid.zeros.float(), INT4.top, groups=groups
-    )  # fmt: skip
+    zeros = grid.zeros.float()
+    found = eager.gptq(weight[:, order], factor, grid.scales, zeros, INT4.top, groups=groups)
     return found[:, order.argsort()]
 
 
@@ -316,9 +315,8 @@ def our_child(case: Case, model: Checkpoint, given: dict[str, Any], folder: Path
 
 
 def show(columns: str, rows: list[list[str]]) -> None:
-    print(f"\n| {columns} |\n|{'---|' * (columns.count('|') + 1)}")
-    for row in rows:
-        print("| " + " | ".join(row) + " |")
+    lines = [columns, "|".join("---" for _ in columns.split("|")), *(" | ".join(row) for row in rows)]
+    print("", *(f"| {line} |" for line in lines), sep="\n")
 
 
 def stem(case: Case) -> str:
@@ -369,11 +367,9 @@ def run(given: argparse.Namespace, work: Path) -> None:
     for case, source, mine, _ in plans:
         our_child(case, source, calibration, mine)
     exports = [mine for case, source, mine, _ in plans if case.op == "gptq" and source is model]
-    ids_of_two = str(work / "two.safetensors")
-    jobs += [
-        {"do": "logits", "model": str(each), "ids": ids_of_two, "out": f"{each}.logits.safetensors"}
-        for each in exports
-    ]
+    two = str(work / "two.safetensors")
+    for each in exports:
+        jobs.append({"do": "logits", "model": str(each), "ids": two, "out": f"{each}.logits.safetensors"})
     told = call(given.peer, work / "peer", jobs)
 
     print(f"{time.strftime('%Y-%m-%d')}; ours with torch {torch.__version__}; theirs: {told['versions']}")

@@ -3,6 +3,10 @@
 Written here from what llm-compressor's modifiers do (their names of things, not their code): the Hessian in
 float32, Cholesky, its inverse, and the upper Cholesky of that; blocks of 128 columns; for each column some
 fifteen small operations; then one product for the columns behind the block. Grids are static, group 128.
+On the CPU its codes and zeros are those of release 0.14.0.1 (`llmcompressor_parity.py`).
+
+That release has more than this: on a GPU with Triton it sweeps a block in one kernel and takes matrices of a
+shape together (GPTQ; its SparseGPT is the loop below), and its GPTQ divides the Hessian once at the end.
 """
 
 from __future__ import annotations
