@@ -315,7 +315,7 @@ def our_child(case: Case, model: Checkpoint, given: dict[str, Any], folder: Path
 
 
 def show(columns: str, rows: list[list[str]]) -> None:
-    lines = [columns, "|".join("---" for _ in columns.split("|")), *(" | ".join(row) for row in rows)]
+    lines = [columns, " | ".join("---" for _ in columns.split("|")), *(" | ".join(row) for row in rows)]
     print("", *(f"| {line} |" for line in lines), sep="\n")
 
 
