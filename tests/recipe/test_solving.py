@@ -285,3 +285,12 @@ def test_forms_that_no_format_holds_together_are_refused(tiny: Families, tmp_pat
     with pytest.raises(PlanError, match=r"bnb-nf4 cannot express .*fp8-block"):
         run(document, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_prediction_layer_is_cut_by_magnitude(tmp_path: Path, data: Path) -> None:
+    folder = factories.deepseek_v3(tmp_path / "model", 5)
+    write_tokenizer(folder)
+    run(recipe(folder, data, {**SPARSE, "mtp": "rtn"}), tmp_path / "out")
+    for ref in surgery.open(tmp_path / "out").tensors.values():
+        if ref.info.mtp and ref.info.role == "routed_expert":
+            assert int(((ref.read().view(ref.shape[0], -1, 4) == 0).sum(-1) < 2).sum()) == 0

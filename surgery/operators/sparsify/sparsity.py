@@ -17,6 +17,8 @@ from surgery.operators.layerwise.operator import check_plain
 from surgery.operators.layerwise.problem import Problem, Work
 from surgery.operators.layerwise.select import SOLVED_ROLES, is_matrix
 from surgery.operators.protocol import Operator
+from surgery.stream.recode import stored_as
+from surgery.stream.reshape import WholeRef
 from surgery.stream.select import Matcher, check_entry, matcher
 
 if TYPE_CHECKING:
@@ -88,6 +90,12 @@ class Sparsifying(Operator):
                 hint="leave it out with `keep`, or give `sparsity`",
             )
         return Work(self.codec_of(ref), pattern or self._share(ref))
+
+    def without_inputs(self, ref: TensorRef, work: Work) -> TensorRef:
+        """A matrix whose inputs no walk sees, cut by magnitude."""
+        from surgery.operators.sparsify.magnitude import Cut
+
+        return stored_as(WholeRef(ref, Cut(wanted_of(work))), work.codec)
 
     def _share(self, ref: TensorRef) -> float | None:
         if self.layer_sparsity is None or ref.info.layer is None or ref.info.mtp:
