@@ -19,6 +19,7 @@ import surgery
 from surgery.calibrate.batches import make_batches
 from surgery.codecs.plain import Plain
 from surgery.errors import RecipeError, UsageError
+from surgery.operators.layerwise.operator import Tensors
 from surgery.operators.layerwise.problem import Problem, Solved, Work
 from surgery.operators.protocol import PREVIOUS, RunContext
 from surgery.operators.quantize.awq import AWQ, Scaling
@@ -39,8 +40,8 @@ class Unrounded(AWQ):
         found = super().work(ref)
         return found and Work(Plain("F32"), found.wanted)
 
-    def config_after(self, checkpoint: Checkpoint, tensors: Mapping[str, TensorRef]) -> Mapping[str, Any]:
-        return checkpoint.config
+    def described(self, checkpoint: Checkpoint, tensors: Tensors) -> tuple[Tensors, Mapping[str, Any]]:
+        return tensors, checkpoint.config
 
     def solve(self, problem: Problem) -> Solved:
         return Solved(problem.weights)
