@@ -7,6 +7,8 @@ using namespace surgery;
 
 namespace {
 
+const int SPAN = 4;
+
 template <int WIDTH>
 inline __attribute__((always_inline)) void decode_run(const uint8_t* codes, float scale, void* out,
                                                       int32_t kind, int64_t at, int width) {
@@ -38,13 +40,26 @@ void decode(const uint8_t* codes, const float* scales, void* out, int32_t kind, 
     }
 }
 
+// total = value * weight, or more of it.
+template <int WIDTH>
+inline __attribute__((always_inline)) void add_run(const float* __restrict value, float weight, bool begun, int width,
+                                                   float* __restrict total) {
+    const int n = WIDTH ? WIDTH : width;
+    if (begun)
+#pragma GCC ivdep
+        for (int c = 0; c < n; ++c) total[c] += value[c] * weight;
+    else
+#pragma GCC ivdep
+        for (int c = 0; c < n; ++c) total[c] = value[c] * weight;
+}
+
 template <int WIDTH>
 void combine_block(const Combine& job, int64_t block, int height, int width, int64_t corner, double* lanes,
-                   float* tile) {
+                   float* tile, Stage& stage) {
     const int n = WIDTH ? WIDTH : width;
-    alignas(64) float base[BLOCK], other[BLOCK];
     int32_t amax = 0;
     if (job.sums) memset(lanes, 0, sizeof(double) * BLOCK * job.count);
+    stage.fill<WIDTH>(job, block, corner, height, width);
     for (int r = 0; r < height; ++r) {
         const int64_t at = corner + r * job.cols;
         float* __restrict total = tile + (job.out_kind == FP8_BLOCK ? r * BLOCK : 0);
@@ -52,15 +67,14 @@ void combine_block(const Combine& job, int64_t block, int height, int width, int
         for (int32_t i = 0; i < job.count; ++i) {
             const float weight = job.weights[i];
             if (!job.sums && weight == 0.0f) continue;
-            const float scale = job.kinds[i] == FP8_BLOCK ? job.scales[i][block] : 1.0f;
-            float* value = i ? other : base;
-            load_run<WIDTH>(job.parents[i], job.kinds[i], scale, at, width, value);
+            const float* value = stage.of(i, r);
+            const float* base = stage.of(0, r);
             if (job.sums) {
                 double* __restrict lane = lanes + i * BLOCK;
                 if (i)
 #pragma GCC ivdep
                     for (int c = 0; c < n; ++c) {
-                        const double gap = (double)(base[c] - other[c]);
+                        const double gap = (double)(base[c] - value[c]);
                         lane[c] += gap * gap;
                     }
                 else
@@ -68,12 +82,7 @@ void combine_block(const Combine& job, int64_t block, int height, int width, int
                     for (int c = 0; c < n; ++c) lane[c] += (double)base[c] * (double)base[c];
             }
             if (weight == 0.0f || !job.out) continue;
-            if (begun)
-#pragma GCC ivdep
-                for (int c = 0; c < n; ++c) total[c] += value[c] * weight;
-            else
-#pragma GCC ivdep
-                for (int c = 0; c < n; ++c) total[c] = value[c] * weight;
+            add_run<WIDTH>(value, weight, begun, width, total);
             begun = true;
         }
         if (!job.out) continue;
@@ -85,19 +94,53 @@ void combine_block(const Combine& job, int64_t block, int height, int width, int
     }
 }
 
+// A row where nothing needs whole blocks: few runs at a time of all parents.
+void combine_row(const Combine& job, int64_t row, float* tile) {
+    const int64_t across = (job.cols + BLOCK - 1) / BLOCK;
+    for (int64_t from = 0; from < across; from += SPAN) {
+        const int64_t to = from + SPAN < across ? from + SPAN : across;
+        bool begun = false;
+        for (int32_t i = 0; i < job.count; ++i) {
+            if (job.weights[i] == 0.0f) continue;
+            const float* scales = job.kinds[i] == FP8_BLOCK ? job.scales[i] + row / BLOCK * across : nullptr;
+            for (int64_t b = from; b < to; ++b) {
+                const int64_t at = row * job.cols + b * BLOCK, left = job.cols - b * BLOCK;
+                float *total = tile + (b - from) * BLOCK, scale = scales ? scales[b] : 1.0f;
+                alignas(64) float value[BLOCK];
+                if (left >= BLOCK) {
+                    load_run<BLOCK>(job.parents[i], job.kinds[i], scale, at, BLOCK, value);
+                    add_run<BLOCK>(value, job.weights[i], begun, BLOCK, total);
+                } else {
+                    load_run<0>(job.parents[i], job.kinds[i], scale, at, (int)left, value);
+                    add_run<0>(value, job.weights[i], begun, (int)left, total);
+                }
+            }
+            begun = true;
+        }
+        for (int64_t b = from; b < to; ++b) {
+            const int64_t at = row * job.cols + b * BLOCK, left = job.cols - b * BLOCK;
+            int32_t amax = 0;
+            keep_run<0>(job, tile + (b - from) * BLOCK, at, (int)(left < BLOCK ? left : BLOCK), &amax);
+        }
+    }
+}
+
 void combine(const Combine* job, int64_t first, int64_t last) {
     const int64_t across = (job->cols + BLOCK - 1) / BLOCK;
     float* tile = new float[BLOCK * BLOCK];
     double* lanes = new double[BLOCK * job->count];
-    for (int64_t block = first; block < last; ++block) {
+    Stage stage(job->count);
+    if (in_rows(*job))
+        for (int64_t row = first; row < last; ++row) combine_row(*job, row, tile);
+    else for (int64_t block = first; block < last; ++block) {
         const int64_t row = block / across * BLOCK, col = block % across * BLOCK;
         const int height = (int)(job->rows - row < BLOCK ? job->rows - row : BLOCK);
         const int width = (int)(job->cols - col < BLOCK ? job->cols - col : BLOCK);
         const int64_t corner = row * job->cols + col;
         if (width == BLOCK)
-            combine_block<BLOCK>(*job, block, height, width, corner, lanes, tile);
+            combine_block<BLOCK>(*job, block, height, width, corner, lanes, tile, stage);
         else
-            combine_block<0>(*job, block, height, width, corner, lanes, tile);
+            combine_block<0>(*job, block, height, width, corner, lanes, tile, stage);
     }
     delete[] lanes;
     delete[] tile;
@@ -106,5 +149,6 @@ void combine(const Combine* job, int64_t first, int64_t last) {
 }  // namespace
 
 extern "C" {
-extern const Loops SURGERY_LOOPS = {decode, combine, SURGERY_SWEEP, &SURGERY_PACKED};
+extern const Loops SURGERY_LOOPS = {decode, combine, SURGERY_SWEEP, &SURGERY_PACKED,
+                                     SURGERY_NAME(surgery_largest, SURGERY_SET)};
 }

@@ -19,6 +19,9 @@ struct Combine {
     int32_t ue8m0;
 };
 
+// What is shared out to threads: rows where nothing needs whole blocks, else blocks.
+inline bool in_rows(const Combine& job) { return job.out && job.out_kind != surgery::FP8_BLOCK && !job.sums; }
+
 struct PackedLoops {
     void (*stream)(const surgery::Stream*, int64_t, int64_t);
     void (*nibbles)(const surgery::Nibbles*, int64_t, int64_t);
@@ -29,6 +32,8 @@ struct Loops {
     void (*combine)(const Combine*, int64_t, int64_t);
     void (*sweep)(const surgery::Sweep*, int64_t, int64_t);
     const PackedLoops* packed;
+    // Largest of the bits under `mask` among `count` numbers of `width` bytes, which are copied unless `to` is null.
+    uint64_t (*largest)(const void*, void*, int32_t, uint64_t, int64_t);
 };
 
 // SURGERY_SET is the instruction set of a build of the loops: portable, avx2 or avx512.
@@ -39,6 +44,7 @@ struct Loops {
 #define SURGERY_SWEEP SURGERY_NAME(surgery_sweep, SURGERY_SET)
 #define SURGERY_PACKED SURGERY_NAME(surgery_packed, SURGERY_SET)
 extern "C" void SURGERY_SWEEP(const surgery::Sweep*, int64_t, int64_t);
+extern "C" uint64_t SURGERY_NAME(surgery_largest, SURGERY_SET)(const void*, void*, int32_t, uint64_t, int64_t);
 extern "C" {
 extern const PackedLoops SURGERY_PACKED;
 }

@@ -1,5 +1,7 @@
 // The C interface: picks the loops for this processor and shares the work out to threads. Rows and
 // blocks are independent of one another, so that results do not depend on the number of threads.
+#include <atomic>
+
 #include "blocks.h"
 #include "dispatch.h"
 
@@ -38,7 +40,7 @@ int32_t surgery_cpu_decode(const Loops* chosen, const uint8_t* codes, const floa
 int32_t surgery_cpu_combine(const Loops* chosen, const Combine* job, int32_t threads) {
     const Loops& use = chosen ? *chosen : loops();
     const int64_t blocks = (job->rows + 127) / 128 * ((job->cols + 127) / 128);
-    share(blocks, threads, [&use, job](int64_t first, int64_t last) { use.combine(job, first, last); });
+    share(in_rows(*job) ? job->rows : blocks, threads, [&use, job](int64_t first, int64_t last) { use.combine(job, first, last); });
     return 0;
 }
 
@@ -46,6 +48,22 @@ int32_t surgery_cpu_sweep(const Loops* chosen, const surgery::Sweep* job, int32_
     const Loops& use = chosen ? *chosen : loops();
     const int64_t tiles = job->batch * ((job->rows + 15) / 16);
     share(tiles, threads, [&use, job](int64_t first, int64_t last) { use.sweep(job, first, last); });
+    return 0;
+}
+
+int32_t surgery_cpu_largest(const Loops* chosen, const void* from, void* to, int32_t width, uint64_t mask,
+                            int64_t count, uint64_t* found, int32_t threads) {
+    const Loops& use = chosen ? *chosen : loops();
+    std::atomic<uint64_t> largest{0};
+    share(count, threads, [&](int64_t first, int64_t last) {
+        const char* begin = (const char*)from + first * width;
+        char* end = to ? (char*)to + first * width : nullptr;
+        const uint64_t here = use.largest(begin, end, width, mask, last - first);
+        uint64_t before = largest.load();
+        while (before < here && !largest.compare_exchange_weak(before, here)) {
+        }
+    });
+    *found = largest.load();
     return 0;
 }
 

@@ -19,17 +19,17 @@ void tasks_block(const Tasks& job, Scratch& scratch, int64_t block, int64_t col,
     double* lanes = scratch.lanes.start;
     float* gaps = scratch.gaps.start;
     float* terms = scratch.terms.start;
-    alignas(64) float base[BLOCK];
     int32_t amax = 0;
     memset(lanes, 0, sizeof(double) * BLOCK * columns);
+    scratch.stage.fill<WIDTH>(at, block, corner, height, width);
     for (int r = 0; r < height; ++r) {
         const int64_t place = corner + r * at.cols;
-        load_run<WIDTH>(at.parents[0], at.kinds[0], scale_of(at, 0, block), place, width, base);
+        const float* base = scratch.stage.of(0, r);
         for (int32_t i = 1; i < count; ++i) {
             float* __restrict gap = gaps + (i - 1) * BLOCK;
-            load_run<WIDTH>(at.parents[i], at.kinds[i], scale_of(at, i, block), place, width, gap);
+            const float* value = scratch.stage.of(i, r);
 #pragma GCC ivdep
-            for (int c = 0; c < n; ++c) gap[c] -= base[c];
+            for (int c = 0; c < n; ++c) gap[c] = value[c] - base[c];
         }
         if (at.sums) {
             add_products<WIDTH>(base, base, lanes, width);
@@ -107,13 +107,12 @@ void sizes_block(const Tasks& job, Scratch& scratch, int64_t block, int64_t col,
     const Combine& at = job.at;
     const int32_t models = at.count - 1;
     double* lanes = scratch.lanes.start;
-    alignas(64) float base[BLOCK], gap[BLOCK];
     memset(lanes, 0, sizeof(double) * BLOCK * 2 * models);
+    scratch.stage.fill<WIDTH>(at, block, corner, height, width);
     for (int r = 0; r < height; ++r) {
-        const int64_t place = corner + r * at.cols;
-        load_run<WIDTH>(at.parents[0], at.kinds[0], scale_of(at, 0, block), place, width, base);
+        const float* base = scratch.stage.of(0, r);
         for (int32_t i = 1; i < at.count; ++i) {
-            load_run<WIDTH>(at.parents[i], at.kinds[i], scale_of(at, i, block), place, width, gap);
+            float* gap = scratch.stage.of(i, r);
 #pragma GCC ivdep
             for (int c = 0; c < n; ++c) gap[c] -= base[c];
             add_sizes<WIDTH>(gap, lanes + (i - 1) * BLOCK, width);
@@ -143,15 +142,15 @@ void fusion_block(const Fusion& job, Scratch& scratch, int64_t block, int64_t ro
     const Combine& at = job.at;
     const float threshold = job.threshold;
     double* lanes = scratch.lanes.start;
-    alignas(64) float base[BLOCK], model[BLOCK];
     int32_t amax = 0;
     memset(lanes, 0, sizeof(double) * BLOCK * 2);
+    scratch.stage.fill<WIDTH>(at, block, corner, height, width);
     for (int r = 0; r < height; ++r) {
         const int64_t place = corner + r * at.cols;
         const float weight = job.row_weights[row + r];
         float* __restrict total = scratch.tile.start + (at.out_kind == FP8_BLOCK ? r * BLOCK : 0);
-        load_run<WIDTH>(at.parents[0], at.kinds[0], scale_of(at, 0, block), place, width, base);
-        load_run<WIDTH>(at.parents[1], at.kinds[1], scale_of(at, 1, block), place, width, model);
+        const float* base = scratch.stage.of(0, r);
+        float* model = scratch.stage.of(1, r);
 #pragma GCC ivdep
         for (int c = 0; c < n; ++c) model[c] -= base[c];
         if (at.sums) {

@@ -2,6 +2,7 @@
 #pragma once
 #include "../core/e4m3.h"
 #include "blocks.h"
+#include <stdlib.h>
 
 // Unnamed: each instruction set has its own, and the linker must not take one for another.
 namespace surgery {
@@ -25,6 +26,26 @@ inline __attribute__((always_inline)) void load_run(const void* parent, int32_t 
         for (int c = 0; c < n; ++c) to[c] = from[c];
     }
 }
+
+// A block of each parent in float32, a row every 128. One parent after the other is read: rows of several in turn
+// come from memory some times slower.
+struct Stage {
+    float* const start;
+
+    explicit Stage(int32_t parents) : start((float*)aligned_alloc(64, (size_t)parents * BLOCK * BLOCK * 4)) {}
+    Stage(const Stage&) = delete;
+    ~Stage() { free(start); }
+
+    float* of(int32_t parent, int row) const { return start + ((int64_t)parent * BLOCK + row) * BLOCK; }
+
+    template <int WIDTH>
+    void fill(const Combine& job, int64_t block, int64_t corner, int height, int width) {
+        for (int32_t i = 0; i < job.count; ++i) {
+            const float scale = job.kinds[i] == FP8_BLOCK ? job.scales[i][block] : 1.0f;
+            for (int r = 0; r < height; ++r) load_run<WIDTH>(job.parents[i], job.kinds[i], scale, corner + r * job.cols, width, of(i, r));
+        }
+    }
+};
 
 // What becomes of a finished run: stored, or (FP8) kept in the tile while its magnitude is noted.
 template <int WIDTH>

@@ -12,22 +12,20 @@ void products_block(const Combine& job, int32_t offset, Scratch& scratch, int64_
                     int width, int64_t corner) {
     const int n = WIDTH ? WIDTH : width;
     const int32_t vectors = job.count - offset, pairs = vectors * (vectors + 1) / 2;
-    float* values = scratch.terms.start;
     double* lanes = scratch.lanes.start;
     memset(lanes, 0, sizeof(double) * BLOCK * pairs);
+    scratch.stage.fill<WIDTH>(job, block, corner, height, width);
     for (int r = 0; r < height; ++r) {
-        const int64_t place = corner + r * job.cols;
-        for (int32_t i = 0; i < job.count; ++i) {
-            float* __restrict value = values + i * BLOCK;
-            load_run<WIDTH>(job.parents[i], job.kinds[i], scale_of(job, i, block), place, width, value);
-            if (offset && i)
+        const float* base = scratch.stage.of(0, r);
+        for (int32_t i = 1; offset && i < job.count; ++i) {
+            float* gap = scratch.stage.of(i, r);
 #pragma GCC ivdep
-                for (int c = 0; c < n; ++c) value[c] -= values[c];
+            for (int c = 0; c < n; ++c) gap[c] -= base[c];
         }
         double* lane = lanes;
         for (int32_t i = 0; i < vectors; ++i)
             for (int32_t j = 0; j <= i; ++j, lane += BLOCK)
-                add_products<WIDTH>(values + (i + offset) * BLOCK, values + (j + offset) * BLOCK, lane, width);
+                add_products<WIDTH>(scratch.stage.of(i + offset, r), scratch.stage.of(j + offset, r), lane, width);
     }
     for (int32_t k = 0; k < pairs; ++k) job.sums[block * pairs + k] = folded(lanes + k * BLOCK);
 }
@@ -65,17 +63,16 @@ inline __attribute__((always_inline)) void count_lower(const int32_t* bits, int 
 }
 
 template <int WIDTH>
-void counting_block(const Counting& job, int64_t block, int64_t row, int height, int width, int64_t corner) {
+void counting_block(const Counting& job, Stage& stage, int64_t block, int64_t row, int height, int width, int64_t corner) {
     const int n = WIDTH ? WIDTH : width;
     const Combine& at = job.at;
-    alignas(64) float base[BLOCK], size[BLOCK];
     alignas(64) int32_t bits[BLOCK];
+    stage.fill<WIDTH>(at, block, corner, height, width);
     for (int r = 0; r < height; ++r) {
-        const int64_t place = corner + r * at.cols;
         const float weight = job.row_weights ? job.row_weights[row + r] : 1.0f;
-        load_run<WIDTH>(at.parents[0], at.kinds[0], scale_of(at, 0, block), place, width, base);
+        const float* base = stage.of(0, r);
         for (int32_t i = 1; i < at.count; ++i) {
-            load_run<WIDTH>(at.parents[i], at.kinds[i], scale_of(at, i, block), place, width, size);
+            const float* size = stage.of(i, r);
 #pragma GCC ivdep
             for (int c = 0; c < n; ++c)
                 bits[c] = (int32_t)(bits_of((size[c] - base[c]) * weight) & 0x7FFFFFFFu);
@@ -93,12 +90,13 @@ void counting_block(const Counting& job, int64_t block, int64_t row, int height,
 void counting(const Counting* job) {
     const Combine& at = job->at;
     const int64_t blocks = (at.rows + BLOCK - 1) / BLOCK * ((at.cols + BLOCK - 1) / BLOCK);
+    Stage stage(at.count);
     for_blocks(at, 0, blocks, [&](int64_t block, int64_t row, int64_t col, int height, int width) {
         const int64_t corner = row * at.cols + col;
         if (width == BLOCK)
-            counting_block<BLOCK>(*job, block, row, height, width, corner);
+            counting_block<BLOCK>(*job, stage, block, row, height, width, corner);
         else
-            counting_block<0>(*job, block, row, height, width, corner);
+            counting_block<0>(*job, stage, block, row, height, width, corner);
     });
 }
 

@@ -42,11 +42,12 @@ struct Scratch {
     Array<double> lanes;
     Array<float> tile, terms, gaps;
     Array<uint8_t> stays;
+    Stage stage;
     int64_t strip = -1;
 
     explicit Scratch(int32_t count, int64_t drawn = 0)
         : lanes((int64_t)BLOCK * (count * (count + 1) / 2 + 1)), tile((int64_t)BLOCK * BLOCK),
-          terms((int64_t)BLOCK * count), gaps((int64_t)BLOCK * count), stays(drawn) {}
+          terms((int64_t)BLOCK * count), gaps((int64_t)BLOCK * count), stays(drawn), stage(count) {}
 };
 
 }  // namespace

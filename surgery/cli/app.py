@@ -7,6 +7,7 @@ before starting (disk, memory, output folder), 6 verification failed, 7 fallback
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Sequence
 
@@ -114,4 +115,6 @@ def _click_error(error: Exception, output: Output) -> int:
 
 def entry() -> None:
     """The console script."""
-    sys.exit(main())
+    code = main()
+    gc.freeze()  # half a second would go by in looking for cycles among torch's modules
+    sys.exit(code)

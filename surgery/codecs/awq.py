@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from surgery.codecs.codec import WHOLE, PartSpec, Spans, whole_spans
 from surgery.codecs.gptq import half_scales
-from surgery.codecs.plain import all_exponent_bits_set
+from surgery.codecs.magnitude import all_finite
 from surgery.codecs.schemes import IntScheme
 from surgery.errors import CheckpointError
 
@@ -97,7 +97,7 @@ class Awq:
         return {}
 
     def finite(self, key: str, raw: np.ndarray[Any, Any]) -> bool:
-        return key != "scales" or not all_exponent_bits_set(raw.view("uint16"), 0x7C00)
+        return key != "scales" or all_finite("F16", raw)
 
     def fits(self, shape: tuple[int, ...]) -> str:
         """Why a tensor of this shape has no such form; empty where it has one."""

@@ -29,14 +29,14 @@ from typing import TYPE_CHECKING, Any
 
 from surgery.codecs.codec import PartSpec, Spans
 from surgery.codecs.fp8_scaled import LARGEST, e4m3_codes, stored_scales
-from surgery.codecs.plain import all_exponent_bits_set, finite_floats, float_bytes, float_values
+from surgery.codecs.magnitude import all_finite
+from surgery.codecs.plain import float_bytes, float_values
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
 
 BLOCK = 128
-NAN_CODE = 0x7F
 SCALE_BYTES = {"F32": 4, "F8_E8M0": 1, "BF16": 2, "F16": 2}
 
 
@@ -133,11 +133,7 @@ class Fp8Block:
         return {}
 
     def finite(self, key: str, raw: np.ndarray[Any, Any]) -> bool:
-        if key == "weight":
-            return not all_exponent_bits_set(raw, NAN_CODE)
-        if self.scale_dtype == "F8_E8M0":
-            return not bool((raw == 0xFF).any())
-        return finite_floats(self.scale_dtype, raw)
+        return all_finite("F8_E4M3" if key == "weight" else self.scale_dtype, raw)
 
 
 def scale_shape(shape: tuple[int, ...]) -> tuple[int, int]:

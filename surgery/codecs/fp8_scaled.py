@@ -14,14 +14,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from surgery.codecs.codec import WHOLE, PartSpec, Spans
-from surgery.codecs.plain import ITEMSIZE, all_exponent_bits_set, finite_floats, float_bytes, float_values
+from surgery.codecs.magnitude import all_finite
+from surgery.codecs.plain import ITEMSIZE, float_bytes, float_values
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
 
 LARGEST = 448.0
-NAN_CODE = 0x7F
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,9 +74,7 @@ class Fp8Scaled:
         return {}
 
     def finite(self, key: str, raw: np.ndarray[Any, Any]) -> bool:
-        if key == "weight":
-            return not all_exponent_bits_set(raw, NAN_CODE)
-        return finite_floats(self.scale_dtype, raw)
+        return all_finite("F8_E4M3" if key == "weight" else self.scale_dtype, raw)
 
 
 def stored_scales(scales: torch.Tensor, dtype: str) -> torch.Tensor:

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from surgery.codecs.codec import WHOLE, PartSpec, Spans, whole_spans
-from surgery.codecs.plain import all_exponent_bits_set
+from surgery.codecs.magnitude import all_finite
 from surgery.codecs.schemes import IntScheme
 from surgery.errors import CheckpointError
 
@@ -139,7 +139,7 @@ class Gptq:
         return {"g_idx": (np.arange(shape[1]) // width).astype(np.int32).view(np.uint8)}
 
     def finite(self, key: str, raw: np.ndarray[Any, Any]) -> bool:
-        return key != "scales" or not all_exponent_bits_set(raw.view("uint16"), 0x7C00)
+        return key != "scales" or all_finite("F16", raw)
 
     def fits(self, shape: tuple[int, ...]) -> str:
         """Why a tensor of this shape has no such form; empty where it has one."""

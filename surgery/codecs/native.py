@@ -161,8 +161,9 @@ def _load_cpu() -> Native:
         compiler = compiler_version(find_compiler("cpu"))
     except (SurgeryError, OSError) as error:
         return Native(None, "reference", f"no CPU kernels: {error}")
-    pointer, i32, i64 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
+    pointer, i32, i64, u64 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64, ctypes.c_uint64
     library.surgery_cpu_decode.argtypes = (pointer, pointer, pointer, pointer, i32, i64, i64, i32)
+    library.surgery_cpu_largest.argtypes = (pointer, pointer, pointer, i32, u64, i64, pointer, i32)
     for operation, job in JOBS.items():
         getattr(library, f"surgery_cpu_{operation}").argtypes = (pointer, ctypes.POINTER(job), i32)
     library.surgery_cpu_tasks.argtypes = (pointer, pointer, i32)

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 
 from surgery.codecs.codec import WHOLE, PartSpec, Spans, matrix_shape, whole_spans
 from surgery.codecs.levels import borders_below
-from surgery.codecs.plain import all_exponent_bits_set
+from surgery.codecs.magnitude import all_finite
 from surgery.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -167,7 +167,7 @@ class Bnb4:
 
     def finite(self, key: str, raw: np.ndarray[Any, Any]) -> bool:
         if key == "nested_absmax" or (key == "absmax" and not self.nested):
-            return not all_exponent_bits_set(raw.view("uint32"), 0x7F80_0000)
+            return all_finite("F32", raw)
         return True
 
 

@@ -18,14 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 from surgery.codecs.bitstream import pack, unpack, word_count
 from surgery.codecs.codec import WHOLE, PartSpec, Spans
-from surgery.codecs.plain import (
-    ITEMSIZE,
-    TORCH_DTYPES,
-    finite_floats,
-    float_bytes,
-    float_values,
-    tensor_bytes,
-)
+from surgery.codecs.magnitude import all_finite
+from surgery.codecs.plain import ITEMSIZE, TORCH_DTYPES, float_bytes, float_values, tensor_bytes
 from surgery.codecs.schemes import IntScheme
 from surgery.errors import CheckpointError, UsageError
 
@@ -152,7 +146,7 @@ class PackedInt:
         return {"shape": np.array(shape, np.int64).view(np.uint8)}
 
     def finite(self, key: str, raw: np.ndarray[Any, Any]) -> bool:
-        return key != "scale" or finite_floats(self.scale_dtype, raw)
+        return key != "scale" or all_finite(self.scale_dtype, raw)
 
 
 def check_shape(shape: tuple[int, ...], raw: np.ndarray[Any, Any]) -> None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from surgery.codecs.codec import PartSpec, Spans, matrix_shape
+from surgery.codecs.magnitude import all_finite
 from surgery.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -19,12 +20,6 @@ if TYPE_CHECKING:
 
 TORCH_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
 ITEMSIZE = {"BF16": 2, "F16": 2, "F32": 4, "F64": 8}
-_EXPONENTS = {
-    "BF16": ("uint16", 0x7F80),
-    "F16": ("uint16", 0x7C00),
-    "F32": ("uint32", 0x7F80_0000),
-    "F64": ("uint64", 0x7FF0_0000_0000_0000),
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +54,7 @@ class Plain:
         return {}
 
     def finite(self, key: str, raw: np.ndarray[Any, Any]) -> bool:
-        return finite_floats(self.dtype, raw)
+        return all_finite(self.dtype, raw)
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,26 +125,3 @@ def tensor_bytes(values: torch.Tensor) -> np.ndarray[Any, Any]:
     if flat.stride(0) != 1:  # of one element, whose stride may be anything, and no view likes that
         flat = flat.clone(memory_format=torch.contiguous_format)
     return flat.view(torch.uint8).cpu().numpy()
-
-
-def finite_floats(dtype: str, raw: np.ndarray[Any, Any]) -> bool:
-    """Whether the stored bytes of a floating dtype hold neither NaN nor infinity."""
-    if not raw.size:
-        return True
-    unit, mask = _EXPONENTS[dtype]
-    return not all_exponent_bits_set(raw.view(unit), mask)
-
-
-def all_exponent_bits_set(bits: np.ndarray[Any, Any], mask: int) -> bool:
-    """Whether any element has every bit of `mask` set (NaN or infinity). Works in cache-sized runs."""
-    import numpy as np
-
-    limit = bits.dtype.type(mask)
-    run = (1 << 18) // bits.dtype.itemsize
-    scratch = np.empty(min(run, bits.size), bits.dtype)
-    for begin in range(0, bits.size, run):
-        piece = bits[begin : begin + run]
-        masked = np.bitwise_and(piece, limit, out=scratch[: piece.size])
-        if masked.max() == limit:
-            return True
-    return False

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from surgery.codecs.codec import WHOLE, PartSpec, Spans
-from surgery.codecs.plain import ITEMSIZE, TORCH_DTYPES, finite_floats, float_bytes, float_values
+from surgery.codecs.magnitude import all_finite
+from surgery.codecs.plain import ITEMSIZE, TORCH_DTYPES, float_bytes, float_values
 from surgery.codecs.schemes import IntScheme
 from surgery.errors import UsageError
 
@@ -123,4 +124,4 @@ class PlainInt:
         return {}
 
     def finite(self, key: str, raw: np.ndarray[Any, Any]) -> bool:
-        return key != "scale" or finite_floats(self.scale_dtype, raw)
+        return key != "scale" or all_finite(self.scale_dtype, raw)

@@ -28,6 +28,8 @@ CHUNK = 4 << 20
 """Bytes that a copy reads at a time."""
 SMALL = 1 << 18
 """Weights up to which computed tensors share a job."""
+APART = 32 << 20
+"""Bytes of the shard over which they may be spread: its hash waits at the first that is missing."""
 
 Write = Callable[[int, "np.ndarray[Any, np.dtype[Any]]"], None]
 """Write bytes at an offset of the shard."""
@@ -250,13 +252,19 @@ def compile_jobs(shard: Shard) -> Iterator[Job]:
     """Jobs that together write every byte of the shard behind its header, in file order."""
     copy: CopyJob | None = None
     small = TileJob()
-    weights = 0
+    weights = begun = 0
     offsets = {target.stored.name: offset for target, offset in shard.targets}
     for target, offset in shard.targets:
+        ref, part = target.members[0]
+        if copy and (target.fused or not isinstance(ref, StoredRef)):
+            yield from _split(copy)
+            copy = None
+        if small.tiles and offset - begun >= APART:
+            yield small
+            small, weights = TileJob(), 0
         if target.fused:
             yield from _fused_jobs(target, offset)
             continue
-        ref, part = target.members[0]
         if isinstance(ref, StoredRef):
             if copy and _continues(copy, part, offset):
                 _extend(copy, ref, part)
@@ -269,6 +277,7 @@ def compile_jobs(shard: Shard) -> Iterator[Job]:
             places = {each.key: offsets[each.stored.name] for each in ref.parts}
             tiles = [Rows(ref, start, stop, places) for start, stop in ref.tiles()]
             if len(tiles) == 1 and ref.numel <= SMALL:
+                begun = begun if small.tiles else offset
                 small.tiles.append(tiles[0])
                 weights += ref.numel
                 if weights >= SMALL:

@@ -13,7 +13,7 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from threading import Condition, Thread
+from threading import Condition, Lock, Thread
 from typing import TYPE_CHECKING, Any
 
 from surgery.errors import PlanError, SurgeryError
@@ -25,6 +25,8 @@ READ_BACK = 1 << 20
 """Bytes hashed at a time."""
 PIECE = 256 << 10
 """Bytes written at a time: larger pieces were several times slower where the page cache had to grow."""
+LAG = 64 << 20
+"""Bytes by which the hash may be behind: what it reads back is cached then, and little is left at the end."""
 FLUSH = 64 << 20
 """Bytes after which the disk is asked to catch up."""
 
@@ -41,8 +43,9 @@ class ShardWriter:
         self._nbytes = nbytes
         self._digest = hashlib.sha256() if hashed else None
         self._finished = finished
+        self._writing = Lock()
         self._ready = Condition()
-        self._complete = 0
+        self._complete = self._hashed = 0
         self._islands: dict[int, int] = {}
         self._stopped = False
         self._error: BaseException | None = None
@@ -61,7 +64,12 @@ class ShardWriter:
         if not data.nbytes:
             return
         view = data.data.cast("B")
-        self._write_all(offset, view)
+        with self._ready:
+            self._ready.wait_for(lambda: self._stopped or self._complete - self._hashed < LAG)
+        with self._writing:  # else the threads would spin for the file's lock in the kernel
+            if self._stopped:  # and the file closed
+                return
+            self._write_all(offset, view)
         self._mark(offset, len(view))
 
     def _write_all(self, offset: int, view: memoryview) -> None:
@@ -112,28 +120,34 @@ class ShardWriter:
         except BaseException as error:  # noqa: BLE001  (raised by join, on the thread that waits)
             self._error = error
         finally:
-            os.close(self._file)
+            self.stop()
+            with self._writing:
+                os.close(self._file)
 
     def _all_hashed(self) -> bool:
         """Follow the written bytes to the end; False when stopped before."""
-        hashed = flushed = 0
+        flushed = 0
         buffer = bytearray(READ_BACK)
-        while hashed < self._nbytes:
-            complete = self._wait_beyond(hashed)
+        while self._hashed < self._nbytes:
+            complete = self._wait_beyond(self._hashed)
             if complete is None:
                 return False
-            while hashed < complete:
-                view = memoryview(buffer)[: min(READ_BACK, complete - hashed)]
-                if self._digest:
-                    got = os.preadv(self._file, [view], hashed)
-                    self._digest.update(view[:got])
-                    hashed += got
-                else:
-                    hashed = complete
-                if hashed - flushed >= FLUSH:
-                    self._start_flushing(flushed, hashed)
-                    flushed = hashed
+            while self._hashed < complete:
+                self._advance(memoryview(buffer)[: min(READ_BACK, complete - self._hashed)])
+                if self._hashed - flushed >= FLUSH:
+                    self._start_flushing(flushed, self._hashed)
+                    flushed = self._hashed
         return True
+
+    def _advance(self, view: memoryview) -> None:
+        """Hash what comes next, and let writers know."""
+        got = len(view)
+        if self._digest:
+            got = os.preadv(self._file, [view], self._hashed)
+            self._digest.update(view[:got])
+        with self._ready:
+            self._hashed += got
+            self._ready.notify_all()
 
     def _start_flushing(self, start: int, stop: int) -> None:
         """Let the kernel begin to write a range out, so that the sync at the end has little to do."""
