@@ -33,6 +33,7 @@ import triton.language as tl
 from surgery.codecs import bitstream, native, ops, reference
 from surgery.codecs.column_sweep import BlockGrid
 from surgery.codecs.grid import Quantized
+from surgery.codecs.magnitude import largest_magnitude
 from surgery.codecs.mxfp4 import e2m1_values
 from surgery.codecs.nf4 import LEVELS
 from surgery.codecs.ops import Operand
@@ -108,12 +109,17 @@ def check() -> int:
                         want = reference.encode_fp8_block(v.cpu(), ue8m0=ue8m0)
                         same(codes, want[0], f"encode {shape} {magnitude} {ue8m0}")
                         same(scales, want[1], f"scales {shape} {magnitude} {ue8m0}")
+                        narrow = v.bfloat16()
+                        got = ops.encode_fp8_block(narrow, ue8m0=ue8m0)
+                        want = reference.encode_fp8_block(narrow.cpu(), ue8m0=ue8m0)
+                        same(got[0], want[0], f"encode bf16 {shape} {magnitude} {ue8m0}")
+                        same(got[1], want[1], f"bf16 scales {shape} {magnitude} {ue8m0}")
                         for dtype in (torch.float32, torch.bfloat16):
                             found = ops.decode_fp8_block(codes, scales, dtype)
                             same(
                                 found, reference.decode_fp8_block(codes.cpu(), scales.cpu(), dtype), "decode"
                             )
-                        done += 4
+                        done += 6
                     done += check_sums(values, coded, ue8m0, broken)
     return done
 
@@ -134,6 +140,11 @@ def check_all_codes() -> int:
         wide = every.float() * factor
         got, want = ops.encode_fp8_block(wide.cuda()), reference.encode_fp8_block(wide, ue8m0=False)
         same(got[0], want[0], "all bf16"), same(got[1], want[1], "all bf16 scales")
+        done += 2
+    for exponent in range(-100, 100):  # scales from 2^-109 to 2^91, so that all ways to divide are taken
+        wide = torch.randn(256, 272).bfloat16() * 2.0**exponent
+        got, want = ops.encode_fp8_block(wide.cuda()), reference.encode_fp8_block(wide, ue8m0=False)
+        same(got[0], want[0], f"bf16 at 2^{exponent}"), same(got[1], want[1], f"scales at 2^{exponent}")
         done += 2
     return done
 
@@ -244,12 +255,18 @@ def bench(size: int) -> list[dict[str, Any]]:
             }
         )
 
+    out = torch.empty_like(a)
+    wide = into.view(torch.float32).view(size, size)
+    wide.normal_()
     half, thirds = [0.5, 0.5], [0.2, 0.3, 0.5]
     plain = {"squares": False, "ue8m0": False}
     squares = {"squares": True, "ue8m0": False}
     row("fp8 -> bf16", 3, lambda: ops.decode_fp8_block(fa.values, fa.scales, torch.bfloat16))
     row("fp8 -> fp32", 5, lambda: ops.decode_fp8_block(fa.values, fa.scales, torch.float32))
     row("bf16 -> fp8", 3, lambda: ops.encode_fp8_block(a))
+    row("fp32 -> fp8", 5, lambda: ops.encode_fp8_block(wide))
+    row("largest magnitude", 1, lambda: largest_magnitude(fa.values))
+    row("copy with the largest magnitude, bf16", 4, lambda: largest_magnitude(a, out))
     row("2 fp8 -> fp8", 3, lambda: ops.assemble([fa, fb], half, torch.uint8, **plain))
     row("2 fp8 -> fp8 + squares", 3, lambda: ops.assemble([fa, fb], half, torch.uint8, **squares))
     row("3 fp8 -> fp8", 4, lambda: ops.assemble([fa, fb, fc], thirds, torch.uint8, **plain))
@@ -257,7 +274,6 @@ def bench(size: int) -> list[dict[str, Any]]:
     row("2 fp8 -> bf16", 4, lambda: ops.assemble([fa, fb], half, torch.bfloat16, **plain))
     row("fp8 + bf16 -> fp8", 4, lambda: ops.assemble([fa, pb], half, torch.uint8, **plain))
     row("lerp bf16", 6, lambda: ops.assemble([pa, pb], half, torch.bfloat16, **plain))
-    out = torch.empty_like(a)
     grid = (size // 128, size // 128)
     e4m3 = fa.values.view(torch.float8_e4m3fn)
     row(

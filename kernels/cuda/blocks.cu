@@ -5,6 +5,7 @@
 // warp reads four whole 128-byte lines of codes. The tile stays in registers between its amax and
 // its codes, hence one pass. Built with -fmad=false: products and sums are rounded one by one, as on the CPU.
 #include "e4m3.cuh"
+#include "fp8_encode.h"
 #include "fp8_sums.h"
 #include "sixteen.cuh"
 
@@ -241,6 +242,7 @@ extern "C" int32_t surgery_cuda_combine(const Combine* job, cudaStream_t stream)
     const int64_t across = (job->cols + BLOCK - 1) / BLOCK, blocks = (job->rows + BLOCK - 1) / BLOCK * across;
     if (blocks > 0x7FFFFFFF || job->count > MOST_PARENTS) return cudaErrorInvalidConfiguration;
     if (takes_fp8_sum(*job)) return add_fp8(*job, stream);
+    if (takes_encoding(*job)) return encode_fp8(*job, stream);
     Parents parents = {};
     bool aligned = job->cols % RUN == 0 && even(job->out);
     for (int32_t i = 0; i < job->count; ++i) {

@@ -110,7 +110,7 @@ def _one_step(
     with output.progress() as tell, resumable():
         options = SaveOptions(
             memory_bytes=memory_bytes(memory), threads=threads or cores(), overwrite=overwrite, fresh=fresh,
-            strict=strict, progress=tell,
+            device=device, strict=strict, progress=tell,
         )  # fmt: skip
         run_and_show(output, loaded, out, options, context)
 

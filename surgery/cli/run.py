@@ -70,7 +70,7 @@ def run(
     context = RunContext(device=device, dtype=dtype, threads=threads, trust_remote_code=trust_remote_code)
     with output.progress() as tell, resumable():
         options = SaveOptions(
-            hash=not no_hash, memory_bytes=memory_bytes(memory), threads=threads or cores(),
+            hash=not no_hash, memory_bytes=memory_bytes(memory), threads=threads or cores(), device=device,
             overwrite=overwrite, fresh=fresh, strict=strict, progress=tell,
         )  # fmt: skip
         run_and_show(output, loaded, out, options, context)

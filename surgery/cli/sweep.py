@@ -108,8 +108,8 @@ def sweep(
         return
     with output.progress() as tell, resumable():
         options = SaveOptions(
-            hash=not no_hash, memory_bytes=memory_bytes(memory), threads=threads or cores(), fresh=fresh,
-            progress=tell,
+            hash=not no_hash, memory_bytes=memory_bytes(memory), threads=threads or cores(),
+            device=device, fresh=fresh, progress=tell,
         )  # fmt: skip
         found = run_sweep(planned, measuring, options, keep=keep, said=lambda row: output.step(_told(row)))
     if json:

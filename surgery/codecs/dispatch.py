@@ -15,10 +15,15 @@ from surgery.errors import SurgeryError, UsageError
 def library_for(tensor: torch.Tensor) -> native.Native:
     """The native library that serves this tensor's device."""
     if tensor.device.type == "cuda":
-        return native.cuda(_capability(tensor.device))
+        return cuda_library(tensor.device)
     if tensor.device.type == "cpu":
         return native.cpu()
     return native.Native(None, "reference")
+
+
+def cuda_library(device: torch.device | str) -> native.Native:
+    """The native library of a CUDA device."""
+    return native.cuda(_capability(torch.device(device)))
 
 
 @lru_cache

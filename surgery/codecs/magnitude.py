@@ -10,9 +10,11 @@ from ctypes import byref, c_uint64
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from surgery.codecs import native
+from surgery.errors import UsageError
 
 if TYPE_CHECKING:
     import numpy as np
+    import torch
 
 RUN = 1 << 18
 """Bytes that numpy looks at together: what it makes on the way stays in the cache."""
@@ -36,6 +38,16 @@ BITS = {
 }
 
 
+TORCH_NAMES = {
+    "uint8": "F8_E4M3",
+    "float8_e4m3fn": "F8_E4M3",
+    "bfloat16": "BF16",
+    "float16": "F16",
+    "float32": "F32",
+    "float64": "F64",
+}
+
+
 def all_finite(dtype: str, raw: np.ndarray[Any, Any]) -> bool:
     """Whether stored bytes of this dtype (uint8) hold neither NaN nor infinity."""
     return largest_bits(dtype, raw) < BITS[dtype].limit
@@ -44,8 +56,10 @@ def all_finite(dtype: str, raw: np.ndarray[Any, Any]) -> bool:
 def largest_bits(
     dtype: str, raw: np.ndarray[Any, Any], into: np.ndarray[Any, Any] | None = None, threads: int = 1
 ) -> int:
-    """Bits of the largest magnitude among stored bytes of this dtype (uint8); 0 where there are none. The bytes
-    are copied `into` an array of that size."""
+    """Bits of the largest magnitude among stored bytes of this dtype (uint8), 0 where there are none.
+
+    The bytes are copied `into` an array of that size.
+    """
     if not raw.size:
         return 0
     bits = BITS[dtype]
@@ -57,6 +71,35 @@ def largest_bits(
     count = raw.size // bits.nbytes
     library.surgery_cpu_largest(None, *places, bits.nbytes, bits.magnitude, count, byref(found), threads)
     return found.value
+
+
+def largest_magnitude(values: torch.Tensor, into: torch.Tensor | None = None) -> torch.Tensor:
+    """Bits of the largest magnitude among contiguous values (uint8: e4m3 codes), int64 [1] on their device.
+
+    They are copied `into` a tensor of that form. Raises UsageError for other dtypes.
+    """
+    import torch
+
+    from surgery.codecs.dispatch import call, check, library_for, place
+
+    dtype = TORCH_NAMES.get(str(values.dtype).removeprefix("torch."))
+    if dtype is None or not values.is_contiguous():
+        raise UsageError(f"no largest magnitude of {values.dtype}, or of what is not contiguous")
+    if into is not None:
+        check("into", into, values.shape, (values.dtype,), values)
+        if not into.is_contiguous():
+            raise UsageError("into must be contiguous")
+    found, bits = library_for(values), BITS[dtype]
+    if values.is_cuda and found.library is not None:
+        made = torch.empty(1, dtype=torch.int64, device=values.device)
+        job = (place(values), place(into), bits.nbytes, bits.magnitude, values.numel(), place(made))
+        call(found, "largest", values.device, *job)
+        return made
+    raw = values.view(-1).view(torch.uint8).cpu().numpy()
+    if into is not None:
+        into.copy_(values)
+    largest = largest_bits(dtype, raw, threads=torch.get_num_threads())
+    return torch.tensor([largest], device=values.device)
 
 
 def _by_numpy(bits: Bits, raw: np.ndarray[Any, Any], into: np.ndarray[Any, Any] | None) -> int:

@@ -188,6 +188,7 @@ def _load_cuda(capability: tuple[int, int]) -> Native:
     library.surgery_cuda_decode.argtypes = (pointer, pointer, pointer, i32, i64, i64, pointer)
     for operation, job in JOBS.items():
         getattr(library, f"surgery_cuda_{operation}").argtypes = (ctypes.POINTER(job), pointer)
+    library.surgery_cuda_largest.argtypes = (pointer, pointer, i32, ctypes.c_uint64, i64, pointer, pointer)
     library.surgery_cuda_error.argtypes = (i32,)
     library.surgery_cuda_error.restype = ctypes.c_char_p
     return Native(library, f"cuda sm_{name}", compiler=compiler)

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
+    from surgery.stream.lanes import Lanes
     from surgery.stream.save import SaveResult
 
 TILE_WEIGHTS = 1 << 20
@@ -67,6 +68,8 @@ class ReadContext:
     interpreter's lock to and fro."""
     several: bool = False
     """Whether several outputs are made of the same tiles, one after another (see `ThreadBuffers.recall`)."""
+    lanes: Lanes | None = None
+    """To a GPU that computes, where one is to."""
     team: Team | None = None
     """While a kernel decides: who helps."""
 

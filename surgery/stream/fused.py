@@ -82,6 +82,24 @@ def operands(inputs: Sequence[TensorRef], start: int, stop: int, context: ReadCo
     return [found[index] for index in range(len(inputs))]
 
 
+def assembled(
+    parents: Sequence[Operand],
+    weights: Sequence[float],
+    dtype: torch.dtype,
+    context: ReadContext,
+    *,
+    squares: bool,
+    ue8m0: bool,
+) -> tuple[Operand, torch.Tensor | None]:
+    """`ops.assemble`, on the context's GPU where it has one and the tile is worth it."""
+    from surgery.codecs import ops
+    from surgery.stream.lanes import SMALLEST
+
+    if context.lanes is not None and parents[0].values.numel() >= SMALLEST:
+        return context.lanes.assemble(parents, weights, dtype, squares=squares, ue8m0=ue8m0)
+    return ops.assemble(parents, weights, dtype, squares=squares, ue8m0=ue8m0)
+
+
 def form_of(target: TensorRef) -> tuple[torch.dtype, bool]:
     """What kernels are to write for `target`: the dtype, and whether scales are powers of two."""
     import torch

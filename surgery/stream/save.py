@@ -19,12 +19,14 @@ from typing import Any
 
 from surgery.errors import PlanError, StrictError
 from surgery.stream.ahead import ahead_bytes
+from surgery.stream.buffers import ThreadBuffers
 from surgery.stream.card import build_card
 from surgery.stream.checkpoint import Checkpoint, ComputedRef, Event, ReadContext
 from surgery.stream.execute import Execution, Progress, Writing
 from surgery.stream.formats import Format, apply_format
 from surgery.stream.journal import LOCK, Journal, lock, read_events
 from surgery.stream.journal import NAME as JOURNAL
+from surgery.stream.lanes import Lanes, gpu_of
 from surgery.stream.manifest import NAME as MANIFEST
 from surgery.stream.manifest import build_manifest, dump_manifest, kernels_used, tool_versions
 from surgery.stream.remote import remote_files, traffic
@@ -51,13 +53,15 @@ def cores() -> int:
 
 @dataclass(frozen=True)
 class SaveOptions:
-    """How to write. `memory_bytes` bounds the buffers in flight; `threads` and it never change results."""
+    """How to write. `memory_bytes` bounds the buffers in flight; `device` (cpu, cuda, auto) is where tiles
+    are computed that have kernels there. Neither of them, nor `threads`, changes what is written."""
 
     format: Format = "source"
     shard_bytes: int = 5_000_000_000
     hash: bool = True
     memory_bytes: int = 1 << 30
     threads: int = field(default_factory=cores)
+    device: str = "cpu"
     overwrite: bool = False
     fresh: bool = False
     strict: bool = False
@@ -102,6 +106,7 @@ def save(checkpoint: Checkpoint, folder: Path, options: SaveOptions) -> SaveResu
 
 def check_target(checkpoint: Checkpoint, folder: Path, plan: Survey, options: SaveOptions) -> None:
     """Refuse what cannot be written to `folder`, its disk aside."""
+    gpu_of(options.device)
     clear_leftovers(folder)
     check_output(folder, options.overwrite)
     check_apart(folder, checkpoint)
@@ -268,9 +273,13 @@ def write_rounds(
     remote = list(dict.fromkeys(file for each in savings for file in remote_files(each.checkpoint.inputs)))
     peak = max(each.plan.peak_bytes for each in savings)
     done = sum(entry["bytes"] for each in savings for entry in each.finished.values())
+    gpu = gpu_of(options.device)
+    context = ReadContext(
+        options.allow_nonfinite, several=len(savings) > 1, buffers=ThreadBuffers(pinned=gpu is not None),
+        lanes=Lanes(gpu) if gpu else None,
+    )  # fmt: skip
     Execution(
-        options.hash, max(1, options.threads), options.memory_bytes,
-        ReadContext(options.allow_nonfinite, several=len(savings) > 1), options.progress,
+        options.hash, max(1, options.threads), options.memory_bytes, context, options.progress,
         total_bytes=done + sum(writing.shard.nbytes for each in rounds for writing in each),
         done_bytes=done,
         remote=remote,
@@ -310,8 +319,8 @@ def _complete(
             "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
             "threads": options.threads,
             "memory_bytes": options.memory_bytes,
-            "device": "cpu",
-            "kernels": kernels_used(checkpoint),
+            "device": gpu_of(options.device) or "cpu",
+            "kernels": kernels_used(checkpoint, gpu_of(options.device)),
             "resumed_shards": sorted(kept),
             **({"remote": network} if network else {}),
         },

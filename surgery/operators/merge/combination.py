@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from surgery.operators.merge.distances import totals
 from surgery.operators.merge.method import MethodKernel, Tile, Whole
+from surgery.stream.fused import assembled
 
 if TYPE_CHECKING:
     import torch
@@ -56,11 +57,13 @@ class Combination(MethodKernel):
         if self._offset or not any(self._coefficients):
             return None
         from surgery.codecs.merges import task_sums
-        from surgery.codecs.ops import assemble
 
         parents = tile.operands(len(self.labels))
         few = len(parents) < 3
-        result, sums = assemble(parents, self._coefficients, dtype, squares=self.based and few, ue8m0=ue8m0)
+        squares = self.based and few
+        result, sums = assembled(
+            parents, self._coefficients, dtype, tile.context, squares=squares, ue8m0=ue8m0
+        )
         return result, task_sums(parents) if self.based and not few else sums
 
     def merge(self, tiles: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -1,0 +1,93 @@
+"""A GPU in the stream: every worker thread has a lane of its own to the device and back.
+
+A thread reads a tile's bytes into page-locked memory, and its lane (a CUDA stream) copies them to the device,
+runs the kernel and copies the result back to page-locked memory, from which the thread writes it. Lanes do
+not wait for one another, so reads, copies both ways, kernels and writes of several threads overlap. Results
+are those of the CPU to the last bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from threading import local
+from typing import TYPE_CHECKING
+
+from surgery.errors import UsageError
+
+if TYPE_CHECKING:
+    import torch
+
+    from surgery.codecs.ops import Operand
+
+SMALLEST = 1 << 18
+"""Weights below which a tile is not worth the way."""
+
+
+def gpu_of(device: str) -> str | None:
+    """The CUDA device that `cpu`, `cuda`, `cuda:N` or `auto` stands for; None for the CPU. Raises UsageError
+    for what there is none of."""
+    if device == "cpu":
+        return None
+    import torch
+
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else None
+    try:
+        place = torch.device(device)
+    except RuntimeError as error:
+        raise UsageError(f"no such device: {device}", hint="use cpu, cuda or auto") from error
+    if place.type == "cpu":
+        return None
+    if place.type != "cuda" or (place.index or 0) >= torch.cuda.device_count():
+        raise UsageError(f"torch finds no {device} here", hint="use the device cpu")
+    return device
+
+
+class Lanes(local):
+    """The calling thread's lane to a CUDA device."""
+
+    def __init__(self, device: str) -> None:
+        import torch
+
+        self.device = torch.device(device)
+        self._stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+        self._pinned: dict[int, torch.Tensor] = {}
+
+    def assemble(
+        self,
+        parents: Sequence[Operand],
+        weights: Sequence[float],
+        dtype: torch.dtype,
+        *,
+        squares: bool,
+        ue8m0: bool,
+    ) -> tuple[Operand, torch.Tensor | None]:
+        """`ops.assemble` on the device, from and to host memory; valid until this thread's next tile."""
+        import torch
+
+        from surgery.codecs import ops
+
+        with torch.cuda.stream(self._stream):
+            there = [
+                ops.Operand(self._up(each.values), None if each.scales is None else self._up(each.scales))
+                for each in parents
+            ]
+            made, sums = ops.assemble(there, weights, dtype, squares=squares, ue8m0=ue8m0)
+            values = self._down(made.values, 0)
+            scales = None if made.scales is None else self._down(made.scales, 1)
+            sums = None if sums is None else self._down(sums, 2)
+            self._stream.synchronize()
+        return ops.Operand(values, scales), sums
+
+    def _up(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(self.device, non_blocking=True)
+
+    def _down(self, tensor: torch.Tensor, slot: int) -> torch.Tensor:
+        import torch
+
+        flat = tensor.view(-1).view(torch.uint8)
+        held = self._pinned.get(slot)
+        if held is None or held.numel() < flat.numel():
+            held = self._pinned[slot] = torch.empty(flat.numel(), dtype=torch.uint8, pin_memory=True)
+        room = held[: flat.numel()].copy_(flat, non_blocking=True)
+        return room.view(tensor.dtype).view(tensor.shape)

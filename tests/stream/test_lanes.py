@@ -1,0 +1,72 @@
+"""Tiles computed on a GPU: the same bytes as on the CPU, and one clear refusal where there is none."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import factories
+import pytest
+import torch
+from folders import strict_manifest
+
+from surgery.errors import UsageError
+from surgery.operators.merge.aoe import AssemblyOfExperts
+from surgery.operators.merge.linear import Linear
+from surgery.operators.merge.slerp import Slerp
+from surgery.operators.protocol import Operator
+from surgery.stream import lanes
+from surgery.stream.source import open_checkpoint
+
+GPU = torch.cuda.is_available()
+SIZES: dict[str, Any] = {"layers": 3, "experts": 3, "hidden": 192, "moe_intermediate": 136}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not GPU, reason="no CUDA device")
+@pytest.mark.parametrize("threads", [1, 5])
+@pytest.mark.parametrize(
+    "method",
+    [
+        AssemblyOfExperts(base="a", weights={"a": 0.4, "b": 0.6}),
+        Linear.model_validate({"models": {"a": 0.3, "b": 0.9}}),
+        Slerp.model_validate({"base": "a", "models": {"b": {}}, "t": 0.3}),
+    ],
+    ids=["aoe", "linear", "slerp"],
+)
+def test_a_gpu_writes_the_bytes_of_the_cpu(
+    method: Operator, threads: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lanes, "SMALLEST", 1)
+    parents = {
+        "a": factories.deepseek_v3(tmp_path / "a", 1, **SIZES),
+        "b": factories.deepseek_v3(tmp_path / "b", 2, base=1, delta=0.3, **SIZES),
+    }
+    made = {}
+    for device in ("cpu", "cuda"):
+        out = tmp_path / device
+        child = method.apply({name: open_checkpoint(path, name) for name, path in parents.items()})
+        child.save(out, device=device, threads=threads)
+        made[device] = strict_manifest(out)
+    digests = [
+        {name: each["sha256"] for name, each in found["files"].items() if name.endswith(".safetensors")}
+        for found in made.values()
+    ]
+    assert digests[0] == digests[1] and digests[0]
+    assert made["cuda"]["run"]["device"] == "cuda" and made["cuda"]["run"]["kernels"]["gpu_path"]
+
+
+@pytest.mark.skipif(GPU, reason="there is a CUDA device")
+@pytest.mark.parametrize("device", ["cuda", "cuda:3", "warp"])
+def test_a_device_that_is_not_there_is_refused_before_anything_is_written(
+    device: str, tmp_path: Path
+) -> None:
+    base = open_checkpoint(factories.deepseek_v3(tmp_path / "a", 1, **SIZES), "a")
+    with pytest.raises(UsageError, match=device):
+        base.save(tmp_path / "out", device=device)
+    assert not list(tmp_path.glob("out*"))
+
+
+@pytest.mark.skipif(GPU, reason="there is a CUDA device")
+def test_auto_takes_the_cpu_where_there_is_no_gpu() -> None:
+    assert lanes.gpu_of("auto") is None and lanes.gpu_of("cpu") is None
