@@ -4,13 +4,14 @@
 
     chimera     byte copy of the routed experts, with and without hashing    against `cp` + sync of as much
     half        lambda = 0.5 on every tensor of two FP8 parents              weights per second, against `cp`
+    gpu         the same with --device cpu and cuda: on a machine with a GPU, and only if asked for
     many-small  lambda = 0.5 on 18,867 small bf16 tensors                    against plain_loop.py
     plan-full   `plan` of two whole DeepSeek-V3 parents                      seconds and memory
     memory      lambda = 0.5 with a 1.5 GB tensor, --memory 256MB            peak memory
 
 Times are medians and include the sync of what was written; start-up, measured as `surgery plan` of the same
 recipe, is taken out where the table says "net". Memory is the largest peak RSS of the process. The page cache
-is warm: the parents are read before anything is timed. Everything runs on two cores and needs at most 20 GB
+is warm: the parents are read before anything is timed. Everything but `gpu` runs on two cores, and needs at most 20 GB
 of disk, and 12 GB of memory for the cache.
 """
 
@@ -171,6 +172,35 @@ def half(bench: Bench) -> list[Row]:
     ]
 
 
+def gpu(bench: Bench) -> list[Row]:
+    parents, out = bench.parents("v3-sample"), bench.work / "child"
+    recipe = bench.recipe(parents, 0.5, "all")
+    plan = median(bench.plans(recipe))
+    devices = ("cpu", "cuda")
+    runs: dict[str, list[Usage]] = {device: [] for device in devices}
+    copies: list[float] = []
+    for _ in range(bench.repeat):
+        copies.append(bench.copy(parents / "base", out))
+        for device in devices:
+            runs[device].append(bench.run(recipe, out, "--no-hash", "--device", device))
+    copy = statistics.median(copies)
+    size, weights = weight_files(out)
+    shutil.rmtree(out)
+    rows = [
+        Row("gpu", "cp + sync", copy, "s", note=f"child of {size / 1e9:.2f} GB"),
+        Row("gpu", "plan", plan, "s"),
+    ]
+    for device, found in runs.items():
+        net = median(found) - plan
+        rows += [
+            Row("gpu", f"run --no-hash, {device}", median(found), "s"),
+            Row("gpu", f"weights per second, net, {device}", weights / net / 1e9, "Gweights/s"),
+            Row("gpu", f"net, to cp, {device}", net / copy, "x"),
+            Row("gpu", f"peak RSS, {device}", peak(found) / MB, "MB"),
+        ]
+    return rows
+
+
 def many_small(bench: Bench) -> list[Row]:
     parents = bench.parents("many-small")
     recipe = bench.recipe(parents, 0.5, "all")
@@ -218,6 +248,7 @@ def memory(bench: Bench) -> list[Row]:
 CASES: dict[str, Callable[[Bench], list[Row]]] = {
     "chimera": chimera,
     "half": half,
+    "gpu": gpu,
     "many-small": many_small,
     "plan-full": plan_full,
     "memory": memory,
@@ -343,20 +374,22 @@ def main() -> None:
         description="Speed and memory of merging, against references of the same run."
     )
     parser.add_argument(
-        "--case", action="append", choices=list(CASES), help="repeat for several; default: all"
+        "--case", action="append", choices=list(CASES), help="repeat for several; default: all but gpu"
     )
     parser.add_argument("--repeat", type=int, default=3, help="repetitions of each measurement")
     parser.add_argument("--work", type=Path, default=HERE / ".work", help="scratch folder")
     parser.add_argument("--keep", action="store_true", help="keep the parents for the next run")
     parser.add_argument("--json", action="store_true", help="one JSON document instead of a table")
     arguments = parser.parse_args()
-    hold_to_two_cores()
+    cases = arguments.case or [case for case in CASES if case != "gpu"]
+    if "gpu" not in cases:
+        hold_to_two_cores()
     arguments.work.mkdir(parents=True, exist_ok=True)
     bench = Bench(arguments.work.resolve(), arguments.repeat)
     before = set(bench.work.iterdir())
     rows: list[Row] = []
     try:
-        for case in arguments.case or list(CASES):
+        for case in cases:
             say(f"measuring {case}")
             rows += CASES[case](bench)
     finally:

@@ -14,11 +14,6 @@ namespace {
 
 constexpr int THREADS = 512;
 constexpr int32_t FINITE = 0x00800000;
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
-constexpr int BF16_BLOCKS = 2;  // one instruction more for each value, and registers for it
-#else
-constexpr int BF16_BLOCKS = 3;
-#endif
 
 template <int KIND>
 struct Form {
@@ -48,7 +43,7 @@ struct Form {
 };
 
 template <int KIND>
-__global__ void __launch_bounds__(THREADS, KIND == BF16 ? BF16_BLOCKS : 2)
+__global__ void __launch_bounds__(THREADS, 2)
     encode_kernel(const void* from, uint8_t* codes, float* scales, int64_t rows, int64_t cols, int64_t across, bool ue8m0) {
     using F = Form<KIND>;
     __shared__ int32_t found[THREADS / 32];
