@@ -11,8 +11,8 @@
 
 Times are medians and include the sync of what was written; start-up, measured as `surgery plan` of the same
 recipe, is taken out where the table says "net". Memory is the largest peak RSS of the process. The page cache
-is warm: the parents are read before anything is timed. Everything but `gpu` runs on two cores, and needs at most 20 GB
-of disk, and 12 GB of memory for the cache.
+is warm: the parents are read before anything is timed. Everything but `gpu` (40 GB of disk) runs on two cores
+and needs at most 20 GB of disk, and 12 GB of memory for the cache.
 """
 
 from __future__ import annotations
@@ -68,14 +68,15 @@ class Bench:
     work: Path
     repeat: int
 
-    def parents(self, case: str) -> Path:
+    def parents(self, case: str, gb: float | None = None) -> Path:
         """Folder with `base` and `other`, written on first use, read into the page cache unless sparse."""
-        folder = self.work / case
+        folder = self.work / (case if gb is None else f"{case}-{gb:g}")
         if not folder.exists():
-            say(f"writing {case}")
-            part = self.work / f"{case}.part"
+            say(f"writing {folder.name}")
+            part = folder.with_name(f"{folder.name}.part")
             shutil.rmtree(part, ignore_errors=True)
-            measure([sys.executable, str(HERE / "synthetic.py"), case, str(part)])
+            size = () if gb is None else ("--gb", str(gb))
+            measure([sys.executable, str(HERE / "synthetic.py"), case, str(part), *size])
             part.rename(folder)
         if case != "v3-full":
             for path in folder.rglob("*.safetensors"):
@@ -173,30 +174,30 @@ def half(bench: Bench) -> list[Row]:
 
 
 def gpu(bench: Bench) -> list[Row]:
-    parents, out = bench.parents("v3-sample"), bench.work / "child"
-    recipe = bench.recipe(parents, 0.5, "all")
-    plan = median(bench.plans(recipe))
-    devices = ("cpu", "cuda")
-    runs: dict[str, list[Usage]] = {device: [] for device in devices}
-    copies: list[float] = []
+    """Pairs of two sizes, so that what they differ by is free of the start of Python, torch and CUDA."""
+    small, large = bench.parents("v3-half"), bench.parents("v3-sample", gb=8)
+    recipes = {parents: bench.recipe(parents, 0.5, "all") for parents in (small, large)}
+    out, sizes = bench.work / "child", {}
+    times: dict[tuple[Path, str], list[float]] = {}
     for _ in range(bench.repeat):
-        copies.append(bench.copy(parents / "base", out))
-        for device in devices:
-            runs[device].append(bench.run(recipe, out, "--no-hash", "--device", device))
-    copy = statistics.median(copies)
-    size, weights = weight_files(out)
+        for parents, recipe in recipes.items():
+            times.setdefault((parents, "cp"), []).append(bench.copy(parents / "base", out))
+            for device in ("cpu", "cuda"):
+                found = bench.run(recipe, out, "--no-hash", "--device", device)
+                times.setdefault((parents, device), []).append(found.seconds)
+            sizes[parents] = weight_files(out)[1]
     shutil.rmtree(out)
-    rows = [
-        Row("gpu", "cp + sync", copy, "s", note=f"child of {size / 1e9:.2f} GB"),
-        Row("gpu", "plan", plan, "s"),
-    ]
-    for device, found in runs.items():
-        net = median(found) - plan
+    weights = sizes[large] - sizes[small]
+    net = {
+        way: statistics.median(times[large, way]) - statistics.median(times[small, way])
+        for way in ("cp", "cpu", "cuda")
+    }
+    rows = [Row("gpu", "cp + sync, net", net["cp"], "s", note=f"{weights / 1e9:.2f} Gweights")]
+    for device in ("cpu", "cuda"):
         rows += [
-            Row("gpu", f"run --no-hash, {device}", median(found), "s"),
-            Row("gpu", f"weights per second, net, {device}", weights / net / 1e9, "Gweights/s"),
-            Row("gpu", f"net, to cp, {device}", net / copy, "x"),
-            Row("gpu", f"peak RSS, {device}", peak(found) / MB, "MB"),
+            Row("gpu", f"run --no-hash, {device}", statistics.median(times[large, device]), "s"),
+            Row("gpu", f"weights per second, net, {device}", weights / net[device] / 1e9, "Gweights/s"),
+            Row("gpu", f"net, to cp, {device}", net[device] / net["cp"], "x"),
         ]
     return rows
 

@@ -19,8 +19,9 @@ if TYPE_CHECKING:
 
     from surgery.codecs.ops import Operand
 
-SMALLEST = 1 << 18
-"""Weights below which a tile is not worth the way."""
+SMALLEST = (1 << 18) + 1
+"""Weights from which on a tile is worth the way. It is more than tensors have that share a job: such a job holds
+several results, a lane one."""
 
 
 def gpu_of(device: str) -> str | None:
