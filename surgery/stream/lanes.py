@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from surgery.codecs.ops import Operand
 
 SMALLEST = (1 << 18) + 1
-"""Weights from which on a tile is worth the way. It is more than tensors have that share a job: such a job holds
-several results, a lane one."""
+"""Weights from which on a tile is worth the way: more than a tensor has that shares a job with others, since
+such a job holds several results and a lane one."""
 
 
 def gpu_of(device: str) -> str | None:

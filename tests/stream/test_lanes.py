@@ -34,12 +34,21 @@ SIZES: dict[str, Any] = {"layers": 3, "experts": 3, "hidden": 776, "moe_intermed
     ],
     ids=["aoe", "linear", "slerp"],
 )
-def test_a_gpu_writes_the_bytes_of_the_cpu(method: Operator, threads: int, tmp_path: Path) -> None:
+def test_a_gpu_writes_the_bytes_of_the_cpu(
+    method: Operator, threads: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     parents = {
         "a": factories.deepseek_v3(tmp_path / "a", 1, **SIZES),
         "b": factories.deepseek_v3(tmp_path / "b", 2, base=1, delta=0.3, **SIZES),
     }
-    made = {}
+    made, went = {}, []
+    assemble = lanes.Lanes.assemble
+
+    def counted(self: lanes.Lanes, *arguments: Any, **options: Any) -> Any:
+        went.append(len(arguments[0]))
+        return assemble(self, *arguments, **options)
+
+    monkeypatch.setattr(lanes.Lanes, "assemble", counted)
     for device in ("cpu", "cuda"):
         out = tmp_path / device
         child = method.apply({name: open_checkpoint(path, name) for name, path in parents.items()})
@@ -49,6 +58,7 @@ def test_a_gpu_writes_the_bytes_of_the_cpu(method: Operator, threads: int, tmp_p
     assert shards
     for name in shards:
         assert (tmp_path / "cuda" / name).read_bytes() == (tmp_path / "cpu" / name).read_bytes(), name
+    assert set(went) == {2}
     assert made["cuda"]["run"]["device"] == "cuda" and made["cuda"]["run"]["kernels"]["gpu_path"]
 
 
