@@ -22,11 +22,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from surgery.codecs import bitstream, column_sweep, native, ops, packed_ops, reference
+from surgery.codecs import awq, bitstream, column_sweep, encode_ops, native, ops, packed_ops, reference
 from surgery.codecs.column_sweep import BlockGrid
-from surgery.codecs.grid import Quantized
+from surgery.codecs.grid import Quantized, absmax_grid, quantize
 from surgery.codecs.nf4 import LEVELS
+from surgery.codecs.nf4 import encode_nf4 as eager_nf4
 from surgery.codecs.ops import Operand
+from surgery.codecs.schemes import IntScheme
 
 
 def eager_decode(each: Operand) -> torch.Tensor:
@@ -60,7 +62,42 @@ def packed_cases(size: int) -> list[Case]:
     given = (packed, torch.tensor(LEVELS), torch.rand(size * size // 64))
     ours = partial(packed_ops.decode_nibbles, *given, size * size, block=64, high_first=True)
     eager = partial(packed_ops._nibbles_by_reference, *given, size * size, 64, True)
-    return [*found, ("nf4 -> fp32", 4.5 + 4 / 64, ours, eager)]
+    found.append(("nf4 -> fp32", 4.5 + 4 / 64, ours, eager))
+    words, points = (torch.randint(-(2**31), 2**31, (n, size // 8)).int() for n in (size, size // 128))
+    stored = (words, points, torch.rand(size // 128, size).half())
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        found.append(
+            (
+                f"awq g128 -> {name}",
+                0.5 + dtype.itemsize,
+                partial(packed_ops.decode_awq, *stored, dtype),
+                lambda d=dtype: awq.unpacked(*stored).values().to(d),
+            )
+        )
+    return found
+
+
+def encode_cases(size: int) -> list[Case]:
+    values, found = torch.randn(size, size), []
+
+    def eager(scheme: IntScheme) -> torch.Tensor:
+        grid = absmax_grid(values, scheme, torch.bfloat16)
+        return bitstream.pack(quantize(values, grid, scheme).codes, scheme.bits)
+
+    for scheme in (IntScheme(4, 128), IntScheme(3, 128), IntScheme(4, 128, symmetric=False), IntScheme(8)):
+        found.append(
+            (
+                f"fp32 -> {scheme}",
+                4 + scheme.bits / 8,
+                partial(encode_ops.encode_stream, values, scheme, torch.bfloat16),
+                partial(eager, scheme),
+            )
+        )
+    flat = values.view(-1)
+    return [
+        *found,
+        ("fp32 -> nf4", 4.5, partial(encode_ops.encode_nf4, flat), partial(eager_nf4, flat)),
+    ]
 
 
 def sweep_cases(size: int) -> list[Case]:
@@ -117,7 +154,7 @@ def main() -> None:
         ("lerp bf16", 6, lambda: ops.assemble([pa, pb], half, torch.bfloat16, **plain),
          lambda: torch.lerp(pa.values, pb.values, 0.5)),
     ]  # fmt: skip
-    cases += packed_cases(options.size) + sweep_cases(options.size)
+    cases += packed_cases(options.size) + encode_cases(options.size) + sweep_cases(options.size)
     found = native.cpu()
     if not options.json:
         print(

@@ -4,8 +4,8 @@
 
 Checks each kernel against the CPU kernels and the torch reference to the last bit (sums of squares to
 1e-12), on random, ragged and extreme inputs and on all codes; times them on [N, N] matrices, several times
-the L2, against a device copy of the same run, eager torch and a Triton kernel (column sweeps are timed by
-`solver_gpu.py`); then runs itself under
+the L2, against a device copy of the same run, eager torch and a Triton kernel (forms of few bits are in
+`packed_gpu.py`, column sweeps are timed by `solver_gpu.py`); then runs itself under
 compute-sanitizer where that is there (`--small` is what it runs).
 
 Times are medians by device events; GB/s are bytes that must move.
@@ -20,24 +20,22 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+import packed_gpu
 import torch
 import triton
 import triton.language as tl
+from packed_gpu import same
 
-from surgery.codecs import bitstream, native, ops, reference
+from surgery.codecs import native, ops, reference
 from surgery.codecs.column_sweep import BlockGrid
-from surgery.codecs.grid import Quantized
 from surgery.codecs.magnitude import largest_magnitude
-from surgery.codecs.mxfp4 import e2m1_values
-from surgery.codecs.nf4 import LEVELS
 from surgery.codecs.ops import Operand
-from surgery.codecs.packed_ops import decode_nibbles, decode_stream
 
 SHAPES = [(1, 1), (1, 300), (128, 128), (129, 127), (192, 256), (300, 144), (640, 384), (1000, 1040)]
 MAGNITUDES = (1.0, 0.02, 1e-30, 1e30, 1e-38, 1e-42)
@@ -52,16 +50,6 @@ def triton_decode(codes, scales, out, cols, across, BLOCK: tl.constexpr):
     scale = tl.load(scales + row * across + col)
     values = tl.load(codes + at).to(tl.float32) * scale
     tl.store(out + at, values.to(tl.bfloat16))
-
-
-def same(a: torch.Tensor, b: torch.Tensor, what: str) -> None:
-    a, b = a.cpu(), b.cpu()
-    if a.is_floating_point():
-        assert torch.equal(a.isnan(), b.isnan()), f"{what}: NaN elsewhere"
-        a, b = a.nan_to_num(0.0), b.nan_to_num(0.0)
-        ints = {torch.float32: torch.int32, torch.bfloat16: torch.int16}[a.dtype]
-        a, b = a.view(ints), b.view(ints)
-    assert torch.equal(a, b), f"{what}: {int((a != b).sum())} of {a.numel()} differ"
 
 
 def check_sums(
@@ -174,44 +162,6 @@ def check_large(size: int = 8192) -> int:
     return done
 
 
-def check_packed() -> int:
-    """Bit streams and nibbles against the CPU kernels."""
-    done = 0
-    for rows, cols, groups in (
-        (1, 1, 1),
-        (3, 7, 7),
-        (5, 33, 1),
-        (9, 129, 43),
-        (300, 1200, 3),
-        (257, 4096, 32),
-    ):
-        for bits in range(2, 9):
-            codes = torch.randint(0, 2**bits, (rows, cols)).to(torch.uint8)
-            scales = torch.randn(rows, groups) * 10.0 ** torch.randint(-42, 3, (rows, groups))
-            zeros = torch.randint(0, 2**bits, (rows, groups)).to(torch.uint8)
-            words = bitstream.pack(codes, bits)
-            for dtype in (torch.float32, torch.bfloat16):
-                for points in (zeros, 2 ** (bits - 1)):
-                    there = points.cuda() if isinstance(points, torch.Tensor) else points
-                    got = decode_stream(words.cuda(), bits, cols, scales.cuda(), there, dtype)
-                    want = decode_stream(words, bits, cols, scales, points, dtype)
-                    same(got, want, f"stream of {bits} bits {(rows, cols, groups)}")
-                    done += 1
-    for count in (1, 7, 64, 4099, 1 << 20):
-        for block in (8, 32, 64, 4096):
-            packed = torch.randint(0, 256, (-(-count // 2),)).to(torch.uint8)
-            levels, scales = torch.randn(16), torch.randn(-(-count // block)) * 1e-38
-            for high_first in (True, False):
-                for dtype in (torch.float32, torch.bfloat16):
-                    how: dict[str, Any] = {"block": block, "high_first": high_first, "dtype": dtype}
-                    got = decode_nibbles(packed.cuda(), levels.cuda(), scales.cuda(), count, **how)
-                    same(
-                        got, decode_nibbles(packed, levels, scales, count, **how), f"nibbles {count} {block}"
-                    )
-                    done += 1
-    return done
-
-
 def small_sweeps() -> None:
     """One launch of each column sweep, on ragged slices."""
     weights, upper = torch.randn(2, 45, 300, device="cuda"), torch.randn(2, 300, 300, device="cuda")
@@ -286,32 +236,8 @@ def bench(size: int) -> list[dict[str, Any]]:
         wide = each.values.view(torch.float8_e4m3fn).to(torch.float32)
         return reference.scale_blocks(wide, each.scales)
 
-    scales = torch.rand(size, size // 128, device=device) * 0.01
-    zeros = torch.randint(0, 4, scales.shape, device=device).to(torch.uint8)
-    for bits in (2, 3, 4, 8):
-        words = big[: weights * bits // 8].view(torch.int32).view(size, -1)
-        read = bits / 8 + 4 / 128
-        run = partial(decode_stream, words, bits, size, scales, 2 ** (bits - 1))
-        row(f"int{bits} g128 -> bf16", read + 2, partial(run, dtype=torch.bfloat16))
-        if bits == 4:
-            row("int4 g128 -> fp32", read + 4, run)
-            asymmetric = partial(decode_stream, words, bits, size, scales, zeros, torch.bfloat16)
-            row("int4 g128 zeros -> bf16", read + 2 + 1 / 128, asymmetric)
-    nibbles, absmax = big[: weights // 2], torch.rand(weights // 32, device=device)
-    nf4 = partial(
-        decode_nibbles, nibbles, torch.tensor(LEVELS, device=device), absmax[: weights // 64], weights
-    )
-    row("nf4 -> bf16", 2.5 + 4 / 64, partial(nf4, block=64, high_first=True, dtype=torch.bfloat16))
-    row("nf4 -> fp32", 4.5 + 4 / 64, partial(nf4, block=64, high_first=True))
-    mxfp4 = partial(decode_nibbles, nibbles, e2m1_values().to(device), absmax, weights)
-    row("mxfp4 -> bf16", 2.5 + 4 / 32, partial(mxfp4, block=32, high_first=False, dtype=torch.bfloat16))
-    part = size // 8
-
-    def eager_int4() -> torch.Tensor:
-        codes = bitstream.unpack(big[: weights // 2].view(torch.int32).view(size, -1)[:part], 4, size)
-        return Quantized(codes, scales[:part], zeros[:part]).values().bfloat16()
-
-    row("int4 g128 -> bf16, eager", (2.5 + 5 / 128) / 8, eager_int4)
+    for name, nbytes, run in packed_gpu.decoding(big, size) + packed_gpu.encoding(a):
+        row(name, nbytes, run)
     row("fp8 -> bf16, eager", 3, lambda: eager(fa).bfloat16())
     row("bf16 -> fp8, eager", 3, lambda: reference.encode_fp8_block(a, ue8m0=False))
     row("2 fp8 -> fp8, eager", 3,
@@ -349,11 +275,11 @@ def main() -> None:
                     for squares in (False, True):
                         weights = [0.5] * len(parents)
                         ops.assemble(parents, weights, dtype, squares=squares, ue8m0=False)
-        check_packed()
+        packed_gpu.check(widths=(3, 4, 8))
         small_sweeps()
         torch.cuda.synchronize()
         return
-    done = check() + check_large() + check_all_codes() + check_packed()
+    done = check() + check_large() + check_all_codes() + packed_gpu.check()
     print(
         f"{done} comparisons equal after {time.perf_counter() - start:.1f} s",
         flush=True,

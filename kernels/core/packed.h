@@ -28,6 +28,20 @@ struct Nibbles {
     int32_t high_first;  // else the first code is the low nibble
 };
 
+// AWQ's GEMM form, 4 bits: out[r, c] = (code[c, r] - zero[g, r]) * scale[g, r], g = c / width. Field j of a word
+// holds row awq_row(j) of its eight.
+struct AwqWords {
+    const uint32_t* words;   // [cols, rows / 8]
+    const uint32_t* zeros;   // [groups, rows / 8]
+    const uint16_t* scales;  // fp16 [groups, rows]
+    void* out;               // [rows, cols]
+    int64_t rows, cols, groups, width;
+    int32_t kind;
+};
+
+// 0, 2, 4, 6, 1, 3, 5, 7.
+SURGERY_FN constexpr int awq_row(int field) { return field < 4 ? 2 * field : 2 * field - 7; }
+
 SURGERY_FN float on_grid(uint32_t code, int32_t zero, float scale) { return (float)((int32_t)code - zero) * scale; }
 
 }  // namespace surgery

@@ -149,6 +149,6 @@ void combine(const Combine* job, int64_t first, int64_t last) {
 }  // namespace
 
 extern "C" {
-extern const Loops SURGERY_LOOPS = {decode, combine, SURGERY_SWEEP, &SURGERY_PACKED,
+extern const Loops SURGERY_LOOPS = {decode, combine, SURGERY_SWEEP, &SURGERY_PACKED, &SURGERY_ENCODE,
                                      SURGERY_NAME(surgery_largest, SURGERY_SET)};
 }

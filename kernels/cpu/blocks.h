@@ -1,7 +1,7 @@
 // The loops over one run of rows or blocks, compiled once for each instruction set.
 #pragma once
+#include "../core/encode.h"
 #include "../core/packed.h"
-#include "../core/sweep.h"
 
 // Parents of a weighted sum and where it goes. Matrices are [rows, cols], row-major; scales and
 // sums lie by 128 x 128 block, [ceil(rows/128), ceil(cols/128)] and [blocks, count].
@@ -25,6 +25,12 @@ inline bool in_rows(const Combine& job) { return job.out && job.out_kind != surg
 struct PackedLoops {
     void (*stream)(const surgery::Stream*, int64_t, int64_t);
     void (*nibbles)(const surgery::Nibbles*, int64_t, int64_t);
+    void (*awq)(const surgery::AwqWords*, int64_t, int64_t);
+};
+
+struct EncodeLoops {
+    void (*stream)(const surgery::ToStream*, int64_t, int64_t);
+    void (*nibbles)(const surgery::ToNibbles*, int64_t, int64_t);
 };
 
 struct Loops {
@@ -32,6 +38,7 @@ struct Loops {
     void (*combine)(const Combine*, int64_t, int64_t);
     void (*sweep)(const surgery::Sweep*, int64_t, int64_t);
     const PackedLoops* packed;
+    const EncodeLoops* encode;
     // Largest of the bits under `mask` among `count` numbers of `width` bytes, which are copied unless `to` is null.
     uint64_t (*largest)(const void*, void*, int32_t, uint64_t, int64_t);
 };
@@ -43,10 +50,14 @@ struct Loops {
 #define SURGERY_LOOPS SURGERY_NAME(surgery_loops, SURGERY_SET)
 #define SURGERY_SWEEP SURGERY_NAME(surgery_sweep, SURGERY_SET)
 #define SURGERY_PACKED SURGERY_NAME(surgery_packed, SURGERY_SET)
+#define SURGERY_AWQ SURGERY_NAME(surgery_awq, SURGERY_SET)
+#define SURGERY_ENCODE SURGERY_NAME(surgery_encode, SURGERY_SET)
 extern "C" void SURGERY_SWEEP(const surgery::Sweep*, int64_t, int64_t);
+extern "C" void SURGERY_AWQ(const surgery::AwqWords*, int64_t, int64_t);
 extern "C" uint64_t SURGERY_NAME(surgery_largest, SURGERY_SET)(const void*, void*, int32_t, uint64_t, int64_t);
 extern "C" {
 extern const PackedLoops SURGERY_PACKED;
+extern const EncodeLoops SURGERY_ENCODE;
 }
 #endif
 

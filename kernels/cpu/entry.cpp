@@ -80,4 +80,23 @@ int32_t surgery_cpu_nibbles(const Loops* chosen, const surgery::Nibbles* job, in
     return 0;
 }
 
+int32_t surgery_cpu_awq(const Loops* chosen, const surgery::AwqWords* job, int32_t threads) {
+    const Loops& use = chosen ? *chosen : loops();
+    share(job->rows / 8, threads, [&use, job](int64_t first, int64_t last) { use.packed->awq(job, first, last); });
+    return 0;
+}
+
+int32_t surgery_cpu_to_stream(const Loops* chosen, const surgery::ToStream* job, int32_t threads) {
+    const Loops& use = chosen ? *chosen : loops();
+    share(job->rows, threads, [&use, job](int64_t first, int64_t last) { use.encode->stream(job, first, last); });
+    return 0;
+}
+
+int32_t surgery_cpu_to_nibbles(const Loops* chosen, const surgery::ToNibbles* job, int32_t threads) {
+    const Loops& use = chosen ? *chosen : loops();
+    const int64_t blocks = (job->count + job->block - 1) / job->block;
+    share(blocks, threads, [&use, job](int64_t first, int64_t last) { use.encode->nibbles(job, first, last); });
+    return 0;
+}
+
 }

@@ -2,6 +2,7 @@
 #include "../core/packed.h"
 
 #include "blocks.h"
+#include "convert.h"
 
 using namespace surgery;
 
@@ -35,19 +36,6 @@ void unpack(const uint8_t* stream, int64_t bytes, int count, uint8_t* __restrict
         memcpy(&lanes, stream + at, left < BITS ? left : BITS);
         lanes = spread<BITS>(lanes);
         memcpy(codes + i, &lanes, 8);
-    }
-}
-
-template <typename Value>
-inline __attribute__((always_inline)) void convert(void* out, int32_t kind, int64_t at, int count, Value value) {
-    if (kind == BF16) {
-        uint16_t* __restrict to = (uint16_t*)out + at;
-#pragma GCC ivdep
-        for (int i = 0; i < count; ++i) to[i] = float_to_bf16(value(i));
-    } else {
-        float* __restrict to = (float*)out + at;
-#pragma GCC ivdep
-        for (int i = 0; i < count; ++i) to[i] = value(i);
     }
 }
 
@@ -112,5 +100,5 @@ void nibbles(const Nibbles* job, int64_t first, int64_t last) {
 }  // namespace
 
 extern "C" {
-extern const PackedLoops SURGERY_PACKED = {stream, nibbles};
+extern const PackedLoops SURGERY_PACKED = {stream, nibbles, SURGERY_AWQ};
 }

@@ -62,7 +62,9 @@ class Awq:
     def decode(
         self, shape: tuple[int, ...], start: int, stop: int, raw: Mapping[str, np.ndarray[Any, Any]]
     ) -> torch.Tensor:
-        return self._unpacked(shape, raw).values()
+        from surgery.codecs.packed_ops import decode_awq
+
+        return decode_awq(*self._stored(shape, raw))
 
     def quantized(self, shape: tuple[int, ...], raw: Mapping[str, np.ndarray[Any, Any]]) -> Quantized:
         """Raises CheckpointError where zero points are not where the config says."""
@@ -88,10 +90,10 @@ class Awq:
     def encode(self, tile: torch.Tensor) -> dict[str, np.ndarray[Any, Any]]:
         import torch
 
-        from surgery.codecs.grid import absmax_grid, quantize
+        from surgery.codecs.encode_ops import encode_codes
 
         self._groups(tuple(tile.shape))
-        return self.pack(quantize(tile, absmax_grid(tile, self.scheme, torch.float16), self.scheme))
+        return self.pack(encode_codes(tile, self.scheme, torch.float16))
 
     def constants(self, shape: tuple[int, ...]) -> dict[str, np.ndarray[Any, Any]]:
         return {}
@@ -119,17 +121,29 @@ class Awq:
         return self.scheme.groups(shape[1])
 
     def _unpacked(self, shape: tuple[int, ...], raw: Mapping[str, np.ndarray[Any, Any]]) -> Quantized:
+        return unpacked(*self._stored(shape, raw))
+
+    def _stored(
+        self, shape: tuple[int, ...], raw: Mapping[str, np.ndarray[Any, Any]]
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Words [cols, rows / 8], words of zero points [groups, rows / 8] and fp16 scales [groups, rows]."""
         import torch
 
-        from surgery.codecs.grid import Quantized
-
         (rows, cols), groups = shape, self._groups(shape)
-        scales = torch.from_numpy(raw["scales"]).view(torch.float16).view(groups, rows)
-        return Quantized(
-            _unpack(torch.from_numpy(raw["qweight"]), cols, rows).T.contiguous(),
-            scales.T.float().contiguous(),
-            _unpack(torch.from_numpy(raw["qzeros"]), groups, rows).T.contiguous(),
-        )
+        words, zeros = (torch.from_numpy(raw[key]).view(torch.int32) for key in ("qweight", "qzeros"))
+        scales = torch.from_numpy(raw["scales"]).view(torch.float16)
+        across = rows // PER_WORD
+        return words.view(cols, across), zeros.view(groups, across), scales.view(groups, rows)
+
+
+def unpacked(words: torch.Tensor, zeros: torch.Tensor, scales: torch.Tensor) -> Quantized:
+    """Codes [rows, cols] and grid [rows, groups] of words [cols, rows / 8], words of zero points
+    [groups, rows / 8] and fp16 scales [groups, rows]."""
+    from surgery.codecs.grid import Quantized
+
+    return Quantized(
+        _unpack(words).T.contiguous(), scales.T.float().contiguous(), _unpack(zeros).T.contiguous()
+    )
 
 
 def _pack(codes: torch.Tensor) -> torch.Tensor:
@@ -141,11 +155,10 @@ def _pack(codes: torch.Tensor) -> torch.Tensor:
     return bitstream.pack(ordered.reshape(count, rows), BITS)
 
 
-def _unpack(raw: torch.Tensor, count: int, rows: int) -> torch.Tensor:
-    """uint8 codes [n, rows] of the bytes of `_pack`."""
-    import torch
-
+def _unpack(words: torch.Tensor) -> torch.Tensor:
+    """uint8 codes [n, rows] of the words of `_pack`."""
     from surgery.codecs import bitstream
 
-    codes = bitstream.unpack(raw.view(torch.int32).view(count, rows // PER_WORD), BITS, rows)
-    return codes.view(count, rows // PER_WORD, PER_WORD)[..., _PLACES].reshape(count, rows)
+    count, across = words.shape
+    codes = bitstream.unpack(words, BITS, across * PER_WORD)
+    return codes.view(count, across, PER_WORD)[..., _PLACES].reshape(count, across * PER_WORD)

@@ -34,7 +34,7 @@ SETS = {
         "-mprefer-vector-width=512",
     ),
 }
-LOOPS = ("blocks", "sweep", "packed", "merge", "magnitude")
+LOOPS = ("blocks", "sweep", "packed", "awq", "encode", "merge", "magnitude")
 """Sources that are built once for each instruction set."""
 ENTRIES = ("entry", "merge_entry")
 TIMEOUT_S = 600

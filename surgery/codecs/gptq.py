@@ -106,31 +106,40 @@ class Gptq:
         return Quantized(bitstream.unpack(words, self.scheme.bits, shape[1]), scales, zeros)
 
     def pack(self, quantized: Quantized) -> dict[str, np.ndarray[Any, Any]]:
+        from surgery.codecs import bitstream
+
+        words = bitstream.pack(quantized.codes, self.scheme.bits)
+        return self._parts(words, quantized.scales, quantized.zeros)
+
+    def _parts(
+        self, words: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor
+    ) -> dict[str, np.ndarray[Any, Any]]:
+        """Of words [rows, cols · b / 32], scales and zero points [rows, groups]."""
         import torch
 
         from surgery.codecs import bitstream
 
         bits = self.scheme.bits
-        zeros = quantized.zeros.T.contiguous()
+        zeros = zeros.T.contiguous()
         if self.version == 1 and bits == 3:
             zeros = (zeros - 1) & self.scheme.top
         qzeros = bitstream.pack(zeros, bits)
         if self.version == 1 and bits != 3:
             qzeros = qzeros - _ONES[bits]
         parts = {
-            "qweight": bitstream.pack(quantized.codes, bits).T.contiguous(),
+            "qweight": words.T.contiguous(),
             "qzeros": qzeros.contiguous(),
-            "scales": half_scales(quantized.scales).T.contiguous(),
+            "scales": half_scales(scales).T.contiguous(),
         }
         return {key: part.view(-1).view(torch.uint8).numpy() for key, part in parts.items()}
 
     def encode(self, tile: torch.Tensor) -> dict[str, np.ndarray[Any, Any]]:
         import torch
 
-        from surgery.codecs.grid import absmax_grid, quantize
+        from surgery.codecs.encode_ops import encode_stream
 
         self._groups(tuple(tile.shape))
-        return self.pack(quantize(tile, absmax_grid(tile, self.scheme, torch.float16), self.scheme))
+        return self._parts(*encode_stream(tile, self.scheme, torch.float16))
 
     def constants(self, shape: tuple[int, ...]) -> dict[str, np.ndarray[Any, Any]]:
         import numpy as np

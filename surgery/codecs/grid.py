@@ -98,10 +98,9 @@ def _search(groups: torch.Tensor, scheme: IntScheme, scale_dtype: torch.dtype) -
 
 def span_grid(low: torch.Tensor, high: torch.Tensor, scheme: IntScheme, scale_dtype: torch.dtype) -> Grid:
     """The grid over low (≤ 0) to high (≥ 0), element by element."""
-    if scheme.symmetric:
-        scales = 2 * torch.maximum(high, -low) / scheme.top
-    else:
-        scales = (high - low) / scheme.top
+    span = 2 * torch.maximum(high, -low) if scheme.symmetric else high - low
+    # By a tensor of the same device: CUDA multiplies by the reciprocal of a number, which is not the same.
+    scales = span / span.new_full((), scheme.top)
     scales = scales.to(scale_dtype).float()
     scales = torch.where(scales == 0, 1.0, scales)
     if scheme.symmetric:

@@ -1,16 +1,17 @@
 """The codec operations as torch operators `torch.ops.surgery.*`, for torch.compile, export and graph tools.
 
-Registered when this module is imported, and only then. Operands and results are those of `ops` and
-`packed_ops`; FP8 codes are uint8 views. Shapes of results follow from the operands' alone, so that a traced
-program needs no data. Operators have no gradients: rounding has none.
+Registered when this module is imported, and only then. Operands and results are those of `ops`,
+`packed_ops` and `encode_ops`; FP8 codes are uint8 views. Shapes of results follow from the operands' alone,
+so that a traced program needs no data. Operators have no gradients: rounding has none.
 """
 
 from __future__ import annotations
 
 import torch
 
-from surgery.codecs import ops, packed_ops
+from surgery.codecs import bitstream, encode_ops, ops, packed_ops
 from surgery.codecs.column_sweep import BlockGrid
+from surgery.codecs.schemes import IntScheme
 
 
 @torch.library.custom_op("surgery::decode_fp8_block", mutates_args=())
@@ -92,6 +93,52 @@ def _(
     dtype: torch.dtype,
 ) -> torch.Tensor:
     return torch.empty(count, dtype=dtype, device=packed.device)
+
+
+@torch.library.custom_op("surgery::decode_awq", mutates_args=())
+def decode_awq(
+    words: torch.Tensor, zeros: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
+    """[rows, cols] of int32 words [cols, rows / 8] and [groups, rows / 8] and fp16 scales [groups, rows]."""
+    return packed_ops.decode_awq(words, zeros, scales, dtype)
+
+
+@decode_awq.register_fake
+def _(words: torch.Tensor, zeros: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty(scales.shape[1], words.shape[0], dtype=dtype, device=words.device)
+
+
+@torch.library.custom_op("surgery::encode_stream", mutates_args=())
+def encode_stream(
+    values: torch.Tensor, bits: int, group_size: int, symmetric: bool, scale_dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(int32 words, float32 scales, uint8 zero points) of values [rows, cols]; `group_size` 0: whole rows."""
+    return encode_ops.encode_stream(values, IntScheme(bits, group_size, symmetric), scale_dtype)
+
+
+@encode_stream.register_fake
+def _(
+    values: torch.Tensor, bits: int, group_size: int, symmetric: bool, scale_dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    rows, cols = values.shape
+    groups = cols // group_size if group_size else 1
+    scales = torch.empty(rows, groups, dtype=torch.float32, device=values.device)
+    shape = (rows, bitstream.word_count(cols, bits))
+    words = torch.empty(shape, dtype=torch.int32, device=values.device)
+    return words, scales, torch.empty_like(scales, dtype=torch.uint8)
+
+
+@torch.library.custom_op("surgery::encode_nf4", mutates_args=())
+def encode_nf4(values: torch.Tensor, block: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(uint8 bytes [⌈n / 2⌉], float32 absmax [⌈n / block⌉]) of values [n]."""
+    return encode_ops.encode_nf4(values, block)
+
+
+@encode_nf4.register_fake
+def _(values: torch.Tensor, block: int) -> tuple[torch.Tensor, torch.Tensor]:
+    count = values.shape[0]
+    packed = torch.empty(-(-count // 2), dtype=torch.uint8, device=values.device)
+    return packed, torch.empty(-(-count // block), dtype=torch.float32, device=values.device)
 
 
 @torch.library.custom_op("surgery::sweep_block", mutates_args=())

@@ -16,7 +16,7 @@ from surgery.codecs.compile import compiler_version, cpu_library, cuda_library, 
 from surgery.errors import SurgeryError, UsageError
 
 CHOICES = ("off", "reference", "cpu", "cuda")
-FP8_BLOCK, BF16, F32 = 0, 1, 2
+FP8_BLOCK, BF16, F32, F16 = range(4)
 """Kinds of operands, as in kernels/core/bits.h."""
 
 
@@ -109,7 +109,66 @@ class Nibbles(ctypes.Structure):
     )
 
 
-JOBS = {"combine": Combine, "sweep": Sweep, "stream": Stream, "nibbles": Nibbles}
+class AwqWords(ctypes.Structure):
+    """struct AwqWords of kernels/core/packed.h."""
+
+    _fields_ = (
+        ("words", ctypes.c_void_p),
+        ("zeros", ctypes.c_void_p),
+        ("scales", ctypes.c_void_p),
+        ("out", ctypes.c_void_p),
+        ("rows", ctypes.c_int64),
+        ("cols", ctypes.c_int64),
+        ("groups", ctypes.c_int64),
+        ("width", ctypes.c_int64),
+        ("kind", ctypes.c_int32),
+    )
+
+
+class ToStream(ctypes.Structure):
+    """struct ToStream of kernels/core/encode.h."""
+
+    _fields_ = (
+        ("values", ctypes.c_void_p),
+        ("stream", ctypes.c_void_p),
+        ("scales", ctypes.c_void_p),
+        ("zeros", ctypes.c_void_p),
+        ("rows", ctypes.c_int64),
+        ("cols", ctypes.c_int64),
+        ("row_bytes", ctypes.c_int64),
+        ("groups", ctypes.c_int64),
+        ("width", ctypes.c_int64),
+        ("kind", ctypes.c_int32),
+        ("scale_kind", ctypes.c_int32),
+        ("bits", ctypes.c_int32),
+        ("top", ctypes.c_int32),
+        ("symmetric", ctypes.c_int32),
+    )
+
+
+class ToNibbles(ctypes.Structure):
+    """struct ToNibbles of kernels/core/encode.h."""
+
+    _fields_ = (
+        ("values", ctypes.c_void_p),
+        ("bytes", ctypes.c_void_p),
+        ("absmax", ctypes.c_void_p),
+        ("count", ctypes.c_int64),
+        ("block", ctypes.c_int64),
+        ("kind", ctypes.c_int32),
+        ("borders", ctypes.c_float * 15),
+    )
+
+
+JOBS = {
+    "combine": Combine,
+    "sweep": Sweep,
+    "stream": Stream,
+    "nibbles": Nibbles,
+    "awq": AwqWords,
+    "to_stream": ToStream,
+    "to_nibbles": ToNibbles,
+}
 """Operations that take one structure."""
 
 

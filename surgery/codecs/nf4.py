@@ -154,6 +154,8 @@ class Bnb4:
                 f"tensors stored as {self.name} can be decoded but not written",
                 hint="write output.format=bnb-nf4 or bf16",
             )
+        from surgery.codecs.encode_ops import encode_nf4
+
         codes, absmax = encode_nf4(tile.reshape(-1), self.blocksize)
         return {"weight": codes.numpy(), "absmax": absmax.view(torch.uint8).numpy()}
 
@@ -187,6 +189,13 @@ def encode_nf4(values: torch.Tensor, blocksize: int = BLOCK) -> tuple[torch.Tens
         scaled = torch.cat((scaled, (rest / largest).clamp_(-1, 1)))
     if count % 2:
         scaled = torch.nn.functional.pad(scaled, (0, 1))
-    levels = torch.tensor(LEVELS)
-    codes = borders_below(scaled, (levels[:-1] + levels[1:]) / 2)
+    codes = borders_below(scaled, torch.tensor(borders()))
     return codes[::2] << 4 | codes[1::2], absmax
+
+
+def borders() -> list[float]:
+    """The 15 float32 means of neighbouring levels."""
+    import torch
+
+    levels = torch.tensor(LEVELS)
+    return ((levels[:-1] + levels[1:]) / 2).tolist()

@@ -122,21 +122,25 @@ class PackedInt:
     def encode(self, tile: torch.Tensor) -> dict[str, np.ndarray[Any, Any]]:
         import torch
 
-        from surgery.codecs.grid import absmax_grid, quantize
+        from surgery.codecs.encode_ops import encode_codes, encode_stream
 
-        grid = absmax_grid(tile, self.scheme, getattr(torch, TORCH_DTYPES[self.scale_dtype]))
-        return self.pack(quantize(tile, grid, self.scheme))
+        dtype = getattr(torch, TORCH_DTYPES[self.scale_dtype])
+        if self.padded:
+            return self.pack(encode_codes(tile, self.scheme, dtype))
+        return self._stored_parts(*encode_stream(tile, self.scheme, dtype))
 
     def pack(self, quantized: Quantized) -> dict[str, np.ndarray[Any, Any]]:
-        bits = self.scheme.bits
-        found = {
-            "packed": tensor_bytes(pack(quantized.codes, bits, padded=self.padded)),
-            "scale": float_bytes(self.scale_dtype, quantized.scales),
-        }
+        words = pack(quantized.codes, self.scheme.bits, padded=self.padded)
+        return self._stored_parts(words, quantized.scales, quantized.zeros)
+
+    def _stored_parts(
+        self, words: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor
+    ) -> dict[str, np.ndarray[Any, Any]]:
+        found = {"packed": tensor_bytes(words), "scale": float_bytes(self.scale_dtype, scales)}
         if not self.scheme.symmetric:
-            zeros = pack(quantized.zeros.T.contiguous(), bits, padded=self.padded)
-            found["zero"] = tensor_bytes(zeros.T)
-        elif bool((quantized.zeros != self.scheme.middle).any()):
+            zero = pack(zeros.T.contiguous(), self.scheme.bits, padded=self.padded)
+            found["zero"] = tensor_bytes(zero.T)
+        elif bool((zeros != self.scheme.middle).any()):
             raise UsageError(f"{self.scheme} has no place for zero points")
         return found
 

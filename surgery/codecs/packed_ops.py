@@ -1,6 +1,7 @@
 """Decoding of packed forms of few bits on tensors: the native kernel of their device, or the torch reference.
 
     streams   w[r, c] = (code[r, c] − zero[r, g]) · scale[r, g], g = c // width, laid out as in `bitstream`
+    awq       the same of 4 bits, laid out as in `awq`
     nibbles   w[i] = level[code[i]] · scale[i // block], two codes a byte
 
 in float32, rounded to the dtype that is asked for; results are equal to the last bit on every path.
@@ -12,7 +13,7 @@ import ctypes
 
 import torch
 
-from surgery.codecs import bitstream, native
+from surgery.codecs import awq, bitstream, native
 from surgery.codecs.dispatch import call, check, library_for, place
 from surgery.codecs.grid import Quantized
 from surgery.errors import UsageError
@@ -61,6 +62,39 @@ def decode_stream(
         zero=0 if isinstance(zeros, torch.Tensor) else zeros,
     )
     call(found, "stream", words.device, ctypes.byref(job))
+    return out
+
+
+def decode_awq(
+    words: torch.Tensor, zeros: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
+    """[rows, cols] of int32 words [cols, rows / 8] and [groups, rows / 8] and fp16 scales [groups, rows].
+    Raises UsageError for operands that do not fit."""
+    (cols, across), groups = words.shape, zeros.shape[0]
+    if dtype not in KINDS or (cols and (not groups or cols % groups)):
+        raise UsageError(f"no AWQ words of {cols} columns in {groups} groups decode to {dtype}")
+    check("words", words, (cols, across), (torch.int32,), words)
+    check("zeros", zeros, (groups, across), (torch.int32,), words)
+    check("scales", scales, (groups, across * awq.PER_WORD), (torch.float16,), words)
+    words, zeros, scales = words.contiguous(), zeros.contiguous(), scales.contiguous()
+    out = torch.empty(scales.shape[1], cols, dtype=dtype, device=words.device)
+    if not out.numel():
+        return out
+    found = library_for(words)
+    if found.library is None:
+        return awq.unpacked(words, zeros, scales).values().to(dtype)
+    job = native.AwqWords(
+        words=place(words),
+        zeros=place(zeros),
+        scales=place(scales),
+        out=place(out),
+        rows=scales.shape[1],
+        cols=cols,
+        groups=groups,
+        width=cols // groups,
+        kind=KINDS[dtype],
+    )
+    call(found, "awq", words.device, ctypes.byref(job))
     return out
 
 

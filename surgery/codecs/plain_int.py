@@ -92,13 +92,16 @@ class PlainInt:
     def encode(self, tile: torch.Tensor) -> dict[str, np.ndarray[Any, Any]]:
         import torch
 
+        from surgery.codecs.encode_ops import encode_codes
         from surgery.codecs.grid import Grid, absmax_grid, quantize
 
-        grid = absmax_grid(tile, self.scheme, getattr(torch, TORCH_DTYPES[self.scale_dtype]))
-        if self.per_tensor:
-            # Rows of zeros have the scale 1, which must not stand for all.
-            kept = torch.where(tile.abs().amax(1, keepdim=True) > 0, grid.scales, 0.0).amax()
-            grid = Grid(torch.full_like(grid.scales, float(kept) or 1.0), grid.zeros)
+        dtype = getattr(torch, TORCH_DTYPES[self.scale_dtype])
+        if not self.per_tensor:
+            return self.pack(encode_codes(tile, self.scheme, dtype))
+        grid = absmax_grid(tile, self.scheme, dtype)
+        # Rows of zeros have the scale 1, which must not stand for all.
+        kept = torch.where(tile.abs().amax(1, keepdim=True) > 0, grid.scales, 0.0).amax()
+        grid = Grid(torch.full_like(grid.scales, float(kept) or 1.0), grid.zeros)
         return self.pack(quantize(tile, grid, self.scheme))
 
     def pack(self, quantized: Quantized) -> dict[str, np.ndarray[Any, Any]]:

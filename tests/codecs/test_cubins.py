@@ -17,12 +17,15 @@ from surgery.errors import SurgeryError
 from surgery.resources import kernel_folder
 
 pytestmark = pytest.mark.slow
-FREE = ("decode", "fp8_sums", "packed", "sweep")
+FREE = ("awq", "decode", "encode", "fp8_sums", "nibbles", "packed", "sweep")
 """Sources whose kernels are said to spill nothing at sm_90a (kernels/README.md)."""
 WIDE = {
+    "awq": ("LDG.E.EF.128", "STG.E.EF.128"),
     "blocks": ("LDG.E.EF.128", "STG.E.EF.128"),
     "decode": ("STG.E.EF.128",),
+    "encode": ("LDG.E.EF.128",),
     "fp8_sums": ("LDGSTS.E.BYPASS.128", "STG.E.EF.128"),
+    "nibbles": ("LDG.E.EF.128",),
     "packed": ("STG.E.EF.128",),
     "sweep": ("LDG.E.128", "STG.E.128"),
 }
@@ -83,7 +86,11 @@ def accesses(tool: str, cubin: Path) -> dict[str, set[str]]:
 
 
 @pytest.mark.parametrize(
-    ("source", "target"), [*((source, "90a") for source in FREE), ("packed", "80"), ("fp8_sums", "80")]
+    ("source", "target"),
+    [
+        *((source, "90a") for source in FREE),
+        *((source, "80") for source in ("packed", "fp8_sums", "encode", "nibbles")),
+    ],
 )
 def test_nothing_spills(compiled: Callable[[str, str], tuple[Path, str]], source: str, target: str) -> None:
     found = spills(compiled(source, target)[1])

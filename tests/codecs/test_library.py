@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from surgery.codecs import bitstream, library, ops, packed_ops
+from surgery.codecs import bitstream, encode_ops, library, ops, packed_ops
 from surgery.codecs.column_sweep import BlockGrid
+from surgery.codecs.schemes import IntScheme
 
 CHECKS = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -56,6 +57,30 @@ def test_nibbles(dtype: torch.dtype) -> None:
     check(library.decode_nibbles, arguments, options)
     want = packed_ops.decode_nibbles(*arguments, block=16, high_first=True, dtype=dtype)
     same([library.decode_nibbles(*arguments, **options)], [want])
+
+
+@DTYPES
+def test_awq_words(dtype: torch.dtype) -> None:
+    words, zeros = (torch.randint(-(2**31), 2**31, (n, 3)).to(torch.int32) for n in (20, 5))
+    arguments = (words, zeros, torch.randn(5, 24).half(), dtype)
+    check(library.decode_awq, arguments)
+    same([library.decode_awq(*arguments)], [packed_ops.decode_awq(*arguments)])
+
+
+@DTYPES
+@pytest.mark.parametrize(("group", "symmetric"), [(0, True), (11, False)])
+def test_grids(dtype: torch.dtype, group: int, symmetric: bool) -> None:
+    values = torch.randn(5, 33).to(dtype)
+    check(library.encode_stream, (values, 3, group, symmetric, torch.bfloat16))
+    found = library.encode_stream(values, 3, group, symmetric, torch.bfloat16)
+    same(found, encode_ops.encode_stream(values, IntScheme(3, group, symmetric), torch.bfloat16))
+
+
+@DTYPES
+def test_nf4(dtype: torch.dtype) -> None:
+    values = torch.randn(101).to(dtype)
+    check(library.encode_nf4, (values, 32))
+    same(library.encode_nf4(values, 32), encode_ops.encode_nf4(values, 32))
 
 
 @pytest.mark.parametrize("pattern", [None, (2, 4)])
