@@ -9,12 +9,15 @@ One object per operation: `gweights_per_s`, `ratio_to_eager` (the best eager for
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import statistics
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +25,25 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from surgery.codecs import awq, bitstream, column_sweep, encode_ops, native, ops, packed_ops, reference
+from surgery.codecs import (
+    awq,
+    bitstream,
+    column_sweep,
+    encode_ops,
+    merges,
+    native,
+    ops,
+    packed_ops,
+    reference,
+)
 from surgery.codecs.column_sweep import BlockGrid
 from surgery.codecs.grid import Quantized, absmax_grid, quantize
 from surgery.codecs.nf4 import LEVELS
 from surgery.codecs.nf4 import encode_nf4 as eager_nf4
 from surgery.codecs.ops import Operand
 from surgery.codecs.schemes import IntScheme
+from surgery.operators.merge.passes import keep_between, weighted_deltas
+from surgery.operators.merge.selection import Selector
 
 
 def eager_decode(each: Operand) -> torch.Tensor:
@@ -114,12 +129,79 @@ def sweep_cases(size: int) -> list[Case]:
     return found
 
 
+def pass_cases(base: torch.Tensor, models: list[torch.Tensor]) -> list[Case]:
+    """The passes of TIES and Arcee Fusion over bf16 matrices; eager forms on the same."""
+    operands = [Operand(base), *map(Operand, models)]
+    pair, rank = operands[:2], base.numel() // 2
+    threshold = float((models[0].float() - base.float()).abs().view(-1).kthvalue(rank + 1).values)
+    weights = merges.row_divergence(*pair)
+    cut = float(((models[0].float() - base.float()).abs() * weights[:, None]).median())
+    thin = [merges.Thin(merges.Kept.BETWEEN, threshold, float("inf"))] * 2
+    how = merges.Sum([0.5, 0.5], elect=True, divide=True, scale=1.0)
+
+    rows, threads = base.shape[0], torch.get_num_threads()
+    cuts = [rows * i // threads // 128 * 128 for i in range(threads)] + [rows]
+    tiles = [[Operand(each.values[i:j]) for each in pair] for i, j in pairwise(cuts)]
+
+    def selected() -> float:
+        """Tiles on threads of their own, as the stream has them."""
+        selector = Selector([rank])
+        with ThreadPoolExecutor(threads) as pool:
+            for upper in pool.map(lambda tile: merges.count_sizes(tile, None), tiles):
+                selector.add(upper[0])
+            selector.next_round()
+            for lower in pool.map(lambda tile: merges.count_sizes(tile, [selector.digits]), tiles):
+                selector.add(lower[0])
+        return selector.values()[0]
+
+    def eager_divergence(dtype: torch.dtype) -> torch.Tensor:
+        p, q = (each.to(dtype).softmax(-1) + 1e-8 for each in (models[0], base))
+        return p.mul_((p / q).log_()).sum(-1)
+
+    def eager_fusion() -> torch.Tensor:
+        start = base.float()
+        delta = models[0].float().sub_(start)
+        kept = delta.abs().mul_(weights[:, None]) >= cut
+        return delta.mul_(kept).add_(start).bfloat16()
+
+    def eager_ties() -> torch.Tensor:
+        start = base.float()
+        deltas = [keep_between(each.float().sub_(start), threshold, float("inf")) for each in models]
+        return weighted_deltas(deltas, [0.5, 0.5], consensus=True, normalize=True).add_(start).bfloat16()
+
+    assert selected() == threshold
+    return [
+        ("k-th |difference| of bf16", 8, selected,
+         lambda: (models[0].float() - base.float()).abs_().view(-1).kthvalue(rank + 1)),
+        ("row KL of bf16 (eager: float64)", 4, lambda: merges.row_divergence(*pair),
+         partial(eager_divergence, torch.float64)),
+        ("row KL of bf16 (eager: float32)", 4, lambda: merges.row_divergence(*pair),
+         partial(eager_divergence, torch.float32)),
+        ("fusion, masked write", 6,
+         lambda: merges.merge_fusion(*pair, weights, cut, torch.bfloat16, ue8m0=False), eager_fusion),
+        ("ties of two, masked write", 8,
+         lambda: merges.merge_tasks(operands, thin, how, torch.bfloat16, ue8m0=False), eager_ties),
+    ]  # fmt: skip
+
+
+def keep_memory() -> None:
+    """Let the allocator keep what is freed, for ours and eager torch alike.
+
+    Fresh pages for every result, as those beyond 32 MB get by default, cost more than most kernels; tiles of
+    the stream are small, and reused.
+    """
+    trim_threshold, mmap_threshold = -1, -3
+    for option in (trim_threshold, mmap_threshold):
+        ctypes.CDLL(None).mallopt(option, 1 << 30)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--size", type=int, default=4096)
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
+    keep_memory()
     count = options.size**2
 
     def seconds(run: Callable[[], Any]) -> float:
@@ -154,6 +236,7 @@ def main() -> None:
         ("lerp bf16", 6, lambda: ops.assemble([pa, pb], half, torch.bfloat16, **plain),
          lambda: torch.lerp(pa.values, pb.values, 0.5)),
     ]  # fmt: skip
+    cases += pass_cases(values[0].bfloat16(), [(values[0] + 0.1 * each).bfloat16() for each in values])
     cases += packed_cases(options.size) + encode_cases(options.size) + sweep_cases(options.size)
     found = native.cpu()
     if not options.json:
