@@ -96,7 +96,7 @@ class ShardWriter:
     def no_more(self) -> None:
         """All jobs have run: a shard that is not complete now never will be."""
         with self._ready:
-            if self._complete < self._nbytes:
+            if self._complete < self._nbytes and self._error is None:
                 self._error = SurgeryError(
                     f"{self._path.name} lacks bytes from {self._complete} on: no job wrote them",
                     hint="this is a fault of surgery; please report the recipe",

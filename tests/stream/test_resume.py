@@ -117,7 +117,7 @@ def hashes(place):
 
 def journaled(work):
     lines = (work / journal.NAME).read_bytes().split(b"\\n")[:-1] if (work / journal.NAME).is_file() else []
-    return [event["shard"] for event in map(json.loads, lines) if event["event"] == "shard"]
+    return sorted(event["shard"] for event in map(json.loads, lines) if event["event"] == "shard")
 
 out = folder / "out"
 work = folder / "out.partial"
@@ -271,7 +271,7 @@ def unfinished(
         with pytest.raises(CheckpointError, match="stopped"):
             checkpoint.save(out, **{"shard_bytes": SHARD, "threads": 1, **options})
     lines = (out.with_name(f"{out.name}.partial") / journal_module.NAME).read_bytes().splitlines()
-    return [event["shard"] for event in map(json.loads, lines) if event["event"] == "shard"]
+    return sorted(event["shard"] for event in map(json.loads, lines) if event["event"] == "shard")
 
 
 @pytest.mark.parametrize(
