@@ -202,21 +202,22 @@ class Execution:
     ) -> Iterator[tuple[int, ShardWriter, Job]]:
         """Numbered jobs of all rounds in order; opens a round when its first job is asked for."""
         numbers = count()
-        for each in rounds:
+        for number, each in enumerate(rounds, 1):
             self._close((OPEN_ROUNDS - 1) * len(each))
             if self._stop.is_set():
                 return
-            writers = [self._opened(writing, sums) for writing in each]
+            writers = [self._opened(writing, sums, number == len(rounds)) for writing in each]
             for member, job in interleaved([writing.shard for writing in each]):
                 yield next(numbers), writers[member], job
 
-    def _opened(self, writing: Writing, sums: SumTable) -> ShardWriter:
+    def _opened(self, writing: Writing, sums: SumTable, last: bool) -> ShardWriter:
         shard = writing.shard
         writer = ShardWriter(
             writing.folder / shard.name,
             shard.header,
             shard.nbytes,
             hashed=self.hashed,
+            last=last,
             finished=lambda digest: writing.finished(shard, digest, outcomes(shard, sums)),
         )
         self._advance(len(shard.header))

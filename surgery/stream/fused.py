@@ -6,7 +6,7 @@ It is the same arithmetic as `pull` followed by `encode`, to the last bit, witho
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from surgery.codecs.fp8_block import Fp8Block
 from surgery.codecs.operands import fusable, operand, result_dtype, stored
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     Parts = dict[str, np.ndarray[Any, Any]]
 
 
-@runtime_checkable
 class FusedKernel(Protocol):
     """A kernel that also has a fused form."""
 
@@ -45,10 +44,10 @@ def encoded(ref: TensorRef, start: int, stop: int, context: ReadContext) -> Part
 
 
 def _fused(ref: ComputedRef, start: int, stop: int, context: ReadContext) -> Parts | None:
-    kernel = ref.kernel
-    if not isinstance(kernel, FusedKernel) or ref.decision(context).copy is not None:
+    # Not isinstance: with a protocol it takes longer than a small tensor.
+    if not hasattr(ref.kernel, "fuse") or ref.decision(context).copy is not None:
         return None
-    made = kernel.fuse(ref.inputs, ref, start, stop, context)
+    made = cast("FusedKernel", ref.kernel).fuse(ref.inputs, ref, start, stop, context)
     if made is None:
         return None
     if context.record:

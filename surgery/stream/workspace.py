@@ -6,8 +6,6 @@ one after the other and held until they are combined, so the peak is that of the
 
 from __future__ import annotations
 
-from typing import Protocol, runtime_checkable
-
 from surgery.codecs.codec import matrix_shape
 from surgery.codecs.plain import Plain
 from surgery.stream.checkpoint import ComputedRef, StoredRef, TensorRef
@@ -15,17 +13,8 @@ from surgery.stream.checkpoint import ComputedRef, StoredRef, TensorRef
 CODING = 4
 """float32 tiles that decoding or encoding anything but a plain dtype may hold beside its values."""
 COMBINING = 3
-"""The same of `combine`, of kernels that don't say."""
-
-
-@runtime_checkable
-class Roomy(Protocol):
-    """A kernel that says how much room it takes."""
-
-    @property
-    def temporaries(self) -> float:
-        """float32 tiles beside its inputs that `combine` or a part of `decide` holds at once, the result
-        among them."""
+"""float32 tiles beside its inputs that `combine` or a part of `decide` holds at once, the result among them, for
+kernels without `temporaries`."""
 
 
 def tile_bytes(ref: TensorRef, rows: int) -> int:
@@ -42,7 +31,7 @@ def _pull_bytes(ref: TensorRef, tile: int) -> int:
     if not isinstance(ref, ComputedRef):
         return tile
     pulled = max(index * tile + _pull_bytes(each, tile) for index, each in enumerate(ref.inputs))
-    room = ref.kernel.temporaries if isinstance(ref.kernel, Roomy) else COMBINING
+    room = getattr(ref.kernel, "temporaries", COMBINING)
     return max(pulled, int((len(ref.inputs) + room) * tile))
 
 

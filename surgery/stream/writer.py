@@ -26,7 +26,7 @@ READ_BACK = 1 << 20
 PIECE = 256 << 10
 """Bytes written at a time: larger pieces were several times slower where the page cache had to grow."""
 LAG = 64 << 20
-"""Bytes by which the hash may be behind: what it reads back is cached then, and little is left at the end."""
+"""Bytes by which the hash of a last shard may be behind, so that little is left to do at the end."""
 FLUSH = 64 << 20
 """Bytes after which the disk is asked to catch up."""
 
@@ -35,14 +35,20 @@ Finished = Callable[[str | None], None]
 
 
 class ShardWriter:
-    """Writes `path` by way of `path.tmp`; `join` waits for it and raises what went wrong."""
+    """Writes `path` by way of `path.tmp`; `join` waits for it and raises what went wrong.
 
-    def __init__(self, path: Path, header: bytes, nbytes: int, *, hashed: bool, finished: Finished) -> None:
+    `last`: nothing comes after this shard, so that writing must not take the processor from its hash.
+    """
+
+    def __init__(
+        self, path: Path, header: bytes, nbytes: int, *, hashed: bool, finished: Finished, last: bool = False
+    ) -> None:
         self._path = path
         self._temporary = path.with_name(path.name + ".tmp")
         self._nbytes = nbytes
         self._digest = hashlib.sha256() if hashed else None
         self._finished = finished
+        self._lag = LAG if hashed and last else nbytes
         self._writing = Lock()
         self._ready = Condition()
         self._complete = self._hashed = 0
@@ -65,7 +71,7 @@ class ShardWriter:
             return
         view = data.data.cast("B")
         with self._ready:
-            self._ready.wait_for(lambda: self._stopped or self._complete - self._hashed < LAG)
+            self._ready.wait_for(lambda: self._stopped or self._complete - self._hashed < self._lag)
         with self._writing:  # else the threads would spin for the file's lock in the kernel
             if self._stopped:  # and the file closed
                 return
@@ -147,7 +153,8 @@ class ShardWriter:
             self._digest.update(view[:got])
         with self._ready:
             self._hashed += got
-            self._ready.notify_all()
+            if self._complete - self._hashed < self._lag // 2:
+                self._ready.notify_all()
 
     def _start_flushing(self, start: int, stop: int) -> None:
         """Let the kernel begin to write a range out, so that the sync at the end has little to do."""
