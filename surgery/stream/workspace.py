@@ -13,8 +13,8 @@ from surgery.stream.checkpoint import ComputedRef, StoredRef, TensorRef
 CODING = 4
 """float32 tiles that decoding or encoding anything but a plain dtype may hold beside its values."""
 COMBINING = 3
-"""float32 tiles beside its inputs that `combine` or a part of `decide` holds at once, the result among them, for
-kernels without `temporaries`."""
+"""float32 tiles beside its inputs that `combine` or a part of `decide` holds at once, the result among
+them, for kernels without `temporaries`."""
 
 
 def tile_bytes(ref: TensorRef, rows: int) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 from pathlib import Path
+from typing import Any, cast
 
 import factories
 import pytest
@@ -13,10 +14,11 @@ from hypothesis import strategies as st
 from surgery.codecs.fp8_block import Fp8Block
 from surgery.codecs.plain import ITEMSIZE, Opaque, Plain
 from surgery.errors import CheckpointError
-from surgery.stream.checkpoint import Part, StoredRef
+from surgery.stream import jobs as jobs_module
+from surgery.stream.checkpoint import ComputedRef, Part, StoredRef, TensorRef
 from surgery.stream.files import StoredTensor, natural_key
 from surgery.stream.header import DTYPE_BITS, parse_header, tensor_nbytes
-from surgery.stream.jobs import compile_jobs
+from surgery.stream.jobs import CopyJob, TileJob, compile_jobs
 from surgery.stream.layouts import View
 from surgery.stream.roles import TensorInfo
 from surgery.stream.source import open_checkpoint
@@ -164,3 +166,34 @@ def test_jobs_of_a_copy_read_each_byte_once(tmp_path: Path, factory: object) -> 
     assert all(left[1] == right[0] for left, right in pairwise(spans))
     assert spans[-1][1] == shards[0].nbytes
     assert len(jobs) <= len(shards[0].targets)
+
+
+def test_small_computed_tensors_do_not_hold_up_the_hash(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shard is hashed from its start on, so nothing may be left out for long."""
+    monkeypatch.setattr(jobs_module, "APART", 8_000_000)
+    refs: list[TensorRef] = []
+    for layer in range(40):
+        for kind, shape in (("norm", (64,)), ("weight", (1024, 1024)), ("bias", (32,))):
+            made = plain(f"layers.{layer:02}.{kind}", "BF16", shape)
+            refs.append(made if layer % 5 == 4 else ComputedRef(made, (made, made), cast("Any", None)))
+    (shard,) = pack(plan_targets(refs), 1 << 30)
+    written: dict[int, int] = {}
+    complete, furthest = len(shard.header), 0
+    for job in compile_jobs(shard):
+        if isinstance(job, TileJob):
+            spans = [
+                (rows.offsets["weight"] + rows._spans()["weight"], (rows.stop - rows.start) * 2 * cols)
+                for rows in job.tiles
+                for cols in (rows.ref.numel // rows.ref.rows,)
+            ]
+        else:
+            assert isinstance(job, CopyJob)
+            spans = [(job.target, job.nbytes)]
+        for start, nbytes in spans:
+            furthest = max(furthest, start + nbytes - complete)
+            assert start not in written
+            written[start] = start + nbytes
+        while complete in written:
+            complete = written[complete]
+    assert complete == shard.nbytes
+    assert furthest <= 8_000_000 + 2 * 1024 * 1024 + 1000
