@@ -17,14 +17,16 @@ from surgery.errors import SurgeryError
 from surgery.resources import kernel_folder
 
 pytestmark = pytest.mark.slow
-FREE = ("awq", "decode", "encode", "fp8_sums", "nibbles", "packed", "sweep")
+FREE = ("awq", "decode", "encode", "fp8_encode", "fp8_sums", "magnitude", "nibbles", "packed", "sweep")
 """Sources whose kernels are said to spill nothing at sm_90a (kernels/README.md)."""
 WIDE = {
     "awq": ("LDG.E.EF.128", "STG.E.EF.128"),
     "blocks": ("LDG.E.EF.128", "STG.E.EF.128"),
     "decode": ("STG.E.EF.128",),
     "encode": ("LDG.E.EF.128",),
+    "fp8_encode": ("LDG.E.EF.128",),
     "fp8_sums": ("LDGSTS.E.BYPASS.128", "STG.E.EF.128"),
+    "magnitude": ("LDG.E.EF.128", "STG.E.EF.128"),
     "nibbles": ("LDG.E.EF.128",),
     "packed": ("STG.E.EF.128",),
     "sweep": ("LDG.E.128", "STG.E.128"),
