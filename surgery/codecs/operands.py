@@ -21,7 +21,7 @@ def fusable(codec: Codec) -> bool:
     """Whether the kernels read and write this form as it is stored."""
     if isinstance(codec, Fp8Block):
         return not codec.half_scales
-    return codec in (Plain("BF16"), Plain("F32"))
+    return isinstance(codec, Plain) and codec.dtype in ("BF16", "F32")
 
 
 def operand(
@@ -44,7 +44,7 @@ def result_dtype(codec: Codec) -> torch.dtype:
 
     if isinstance(codec, Fp8Block):
         return torch.uint8
-    return torch.bfloat16 if codec == Plain("BF16") else torch.float32
+    return torch.bfloat16 if isinstance(codec, Plain) and codec.dtype == "BF16" else torch.float32
 
 
 def stored(codec: Codec, result: Operand) -> dict[str, np.ndarray[Any, Any]]:

@@ -77,13 +77,14 @@ class ReadContext:
 class TensorRef:
     """Base of stored and computed tensors; see the module docstring."""
 
-    __slots__ = ("codec", "info", "name", "parts", "shape")
+    __slots__ = ("codec", "info", "name", "parts", "rows", "shape")
 
     def __init__(
         self, name: str, shape: tuple[int, ...], info: TensorInfo, codec: Codec, parts: tuple[Part, ...]
     ) -> None:
         self.name = name
         self.shape = shape
+        self.rows = matrix_shape(shape)[0]
         self.info = info
         self.codec = codec
         self.parts = parts
@@ -94,10 +95,6 @@ class TensorRef:
     @property
     def numel(self) -> int:
         return prod(self.shape)
-
-    @property
-    def rows(self) -> int:
-        return matrix_shape(self.shape)[0]
 
     @property
     def nbytes(self) -> int:

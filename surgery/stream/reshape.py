@@ -105,7 +105,7 @@ class RowsRef(ComputedRef):
         if ref.is_view:
             raise CheckpointError(f"{ref.name} is part of a fused tensor, whose rows cannot be selected")
         super().__init__(ref, (ref,), Rows(rows))
-        self.shape = (len(rows), *ref.shape[1:])
+        self.shape, self.rows = (len(rows), *ref.shape[1:]), len(rows)
         parts = []
         for spec, part in zip(self.codec.parts(self.shape), ref.parts, strict=True):
             nbytes = tensor_nbytes(spec.dtype, spec.shape)

@@ -39,6 +39,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], t
     """From a source and a target to the code and what ptxas says of it, each built once."""
     try:
         nvcc = find_compiler("cuda")
+        find_compiler("cpu")  # which nvcc calls
     except SurgeryError as error:
         pytest.skip(str(error))
     folder = tmp_path_factory.mktemp("cubins")
