@@ -4,15 +4,14 @@
 
     chimera     byte copy of the routed experts, with and without hashing    against `cp` + sync of as much
     half        lambda = 0.5 on every tensor of two FP8 parents              weights per second, against `cp`
-    gpu         the same with --device cpu and cuda: on a machine with a GPU, and only if asked for
     many-small  lambda = 0.5 on 18,867 small bf16 tensors                    against plain_loop.py
     plan-full   `plan` of two whole DeepSeek-V3 parents                      seconds and memory
     memory      lambda = 0.5 with a 1.5 GB tensor, --memory 256MB            peak memory
 
 Times are medians and include the sync of what was written; start-up, measured as `surgery plan` of the same
 recipe, is taken out where the table says "net". Memory is the largest peak RSS of the process. The page cache
-is warm: the parents are read before anything is timed. Everything but `gpu` (40 GB of disk) runs on two cores
-and needs at most 20 GB of disk, and 12 GB of memory for the cache.
+is warm: the parents are read before anything is timed. Everything runs on two cores and needs at most 20 GB
+of disk, and 12 GB of memory for the cache.
 """
 
 from __future__ import annotations
@@ -173,35 +172,6 @@ def half(bench: Bench) -> list[Row]:
     ]
 
 
-def gpu(bench: Bench) -> list[Row]:
-    """Pairs of two sizes, so that what they differ by is free of the start of Python, torch and CUDA."""
-    small, large = bench.parents("v3-half"), bench.parents("v3-sample", gb=8)
-    recipes = {parents: bench.recipe(parents, 0.5, "all") for parents in (small, large)}
-    out, sizes = bench.work / "child", {}
-    times: dict[tuple[Path, str], list[float]] = {}
-    for _ in range(bench.repeat):
-        for parents, recipe in recipes.items():
-            times.setdefault((parents, "cp"), []).append(bench.copy(parents / "base", out))
-            for device in ("cpu", "cuda"):
-                found = bench.run(recipe, out, "--no-hash", "--device", device)
-                times.setdefault((parents, device), []).append(found.seconds)
-            sizes[parents] = weight_files(out)[1]
-    shutil.rmtree(out)
-    weights = sizes[large] - sizes[small]
-    net = {
-        way: statistics.median(times[large, way]) - statistics.median(times[small, way])
-        for way in ("cp", "cpu", "cuda")
-    }
-    rows = [Row("gpu", "cp + sync, net", net["cp"], "s", note=f"{weights / 1e9:.2f} Gweights")]
-    for device in ("cpu", "cuda"):
-        rows += [
-            Row("gpu", f"run --no-hash, {device}", statistics.median(times[large, device]), "s"),
-            Row("gpu", f"weights per second, net, {device}", weights / net[device] / 1e9, "Gweights/s"),
-            Row("gpu", f"net, to cp, {device}", net[device] / net["cp"], "x"),
-        ]
-    return rows
-
-
 def many_small(bench: Bench) -> list[Row]:
     parents = bench.parents("many-small")
     recipe = bench.recipe(parents, 0.5, "all")
@@ -249,7 +219,6 @@ def memory(bench: Bench) -> list[Row]:
 CASES: dict[str, Callable[[Bench], list[Row]]] = {
     "chimera": chimera,
     "half": half,
-    "gpu": gpu,
     "many-small": many_small,
     "plan-full": plan_full,
     "memory": memory,
@@ -375,22 +344,20 @@ def main() -> None:
         description="Speed and memory of merging, against references of the same run."
     )
     parser.add_argument(
-        "--case", action="append", choices=list(CASES), help="repeat for several; default: all but gpu"
+        "--case", action="append", choices=list(CASES), help="repeat for several; default: all"
     )
     parser.add_argument("--repeat", type=int, default=3, help="repetitions of each measurement")
     parser.add_argument("--work", type=Path, default=HERE / ".work", help="scratch folder")
     parser.add_argument("--keep", action="store_true", help="keep the parents for the next run")
     parser.add_argument("--json", action="store_true", help="one JSON document instead of a table")
     arguments = parser.parse_args()
-    cases = arguments.case or [case for case in CASES if case != "gpu"]
-    if "gpu" not in cases:
-        hold_to_two_cores()
+    hold_to_two_cores()
     arguments.work.mkdir(parents=True, exist_ok=True)
     bench = Bench(arguments.work.resolve(), arguments.repeat)
     before = set(bench.work.iterdir())
     rows: list[Row] = []
     try:
-        for case in cases:
+        for case in arguments.case or list(CASES):
             say(f"measuring {case}")
             rows += CASES[case](bench)
     finally:

@@ -7,7 +7,7 @@ using namespace surgery;
 
 namespace {
 
-const int SPAN = 4;
+const int SPAN = 4;  // runs of a row that all parents are added to before they are stored
 
 template <int WIDTH>
 inline __attribute__((always_inline)) void decode_run(const uint8_t* codes, float scale, void* out,
@@ -94,7 +94,7 @@ void combine_block(const Combine& job, int64_t block, int height, int width, int
     }
 }
 
-// A row where nothing needs whole blocks: few runs at a time of all parents.
+// Where nothing needs whole blocks.
 void combine_row(const Combine& job, int64_t row, float* tile) {
     const int64_t across = (job.cols + BLOCK - 1) / BLOCK;
     for (int64_t from = 0; from < across; from += SPAN) {
