@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from surgery.errors import SurgeryError
@@ -73,14 +74,16 @@ def cpu_library() -> Path:
         return target
     with _workspace() as scratch:
         work = Path(scratch)
+        commands = []
         for name in sets:
             defines = (f"-DSURGERY_SET={name}", f"-DSURGERY_MERGE=surgery_merge_{name}")
             for loops in LOOPS:
                 unit = (str(source / f"{loops}.cpp"), "-o", str(work / f"{loops}-{name}.o"))
-                _run((compiler, *CXX_FLAGS, *SETS[name], *defines, "-c", *unit))
+                commands.append((compiler, *CXX_FLAGS, *SETS[name], *defines, "-c", *unit))
         for entry in ENTRIES:
             unit = (str(source / f"{entry}.cpp"), "-o", str(work / f"{entry}.o"))
-            _run((compiler, *CXX_FLAGS, "-c", *unit))
+            commands.append((compiler, *CXX_FLAGS, "-c", *unit))
+        _run_all(commands)
         objects = [str(path) for path in sorted(work.glob("*.o"))]
         _run((compiler, "-shared", "-pthread", *objects, "-o", str(work / target.name)))
         (work / target.name).replace(target)
@@ -98,10 +101,12 @@ def cuda_library(targets: Sequence[str] = CUDA_TARGETS) -> Path:
     if target.is_file():
         return target
     with _workspace() as scratch:
-        built = Path(scratch) / target.name
-        sources = sorted(str(path) for path in (kernel_folder() / "cuda").glob("*.cu"))
-        _run((compiler, *flags, "-shared", "-cudart=static", *sources, "-o", str(built)))
-        built.replace(target)
+        work = Path(scratch)
+        objects = {path: str(work / f"{path.stem}.o") for path in (kernel_folder() / "cuda").glob("*.cu")}
+        _run_all([(compiler, *flags, "-c", str(path), "-o", each) for path, each in objects.items()])
+        link = ("-shared", "-cudart=static", *sorted(objects.values()), "-o", str(work / target.name))
+        _run((compiler, *flags, *link))
+        (work / target.name).replace(target)
     return target
 
 
@@ -120,6 +125,13 @@ def _place(kind: str, compiler: str, flags: Sequence[str]) -> Path:
     except OSError as error:
         raise SurgeryError(f"cannot make {cache_folder()}: {error.strerror}") from error
     return cache_folder() / f"{kind}-{digest.hexdigest()[:16]}.so"
+
+
+def _run_all(commands: Sequence[Sequence[str]]) -> None:
+    """Side by side, as many as there are processors. Raises the error of the first that fails."""
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        for _ in pool.map(_run, commands):
+            pass
 
 
 def _run(command: Sequence[str]) -> str:
