@@ -2,34 +2,16 @@
 
 from __future__ import annotations
 
-import ctypes
-
 import pytest
 import torch
+from kernel_sets import SETS, device, kernels, pinned
 
-from surgery.codecs import column_sweep, native, ops
+from surgery.codecs import column_sweep, ops
 from surgery.codecs.column_sweep import BlockGrid, SweptBlock
 from surgery.errors import UsageError
 
 SHAPES = [(1, 1, 1), (1, 33, 7), (3, 17, 96), (1, 70, 127), (2, 40, 128)]
 PATTERNS = [(1, 1), (1, 2), (2, 4), (1, 3), (3, 5), (4, 8), (2, 12), (7, 16)]
-SETS = ("portable", "avx2", "avx512")
-kernels = pytest.mark.skipif(native.cpu().library is None, reason=f"no kernels: {native.cpu().reason}")
-
-
-device = pytest.mark.parametrize(
-    "device",
-    [
-        pytest.param("cpu", marks=kernels),
-        pytest.param(
-            "cuda",
-            marks=(
-                pytest.mark.gpu,
-                pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
-            ),
-        ),
-    ],
-)
 
 
 def factors(batch: int, cols: int) -> torch.Tensor:
@@ -201,17 +183,8 @@ def test_one_factor_may_serve_a_batch(device: str) -> None:
 @kernels
 @pytest.mark.parametrize("name", SETS)
 def test_every_instruction_set_gives_equal_bits(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    best = native.cpu().path.removeprefix("cpu ")
-    if best not in SETS or SETS.index(name) > SETS.index(best):
-        pytest.skip(f"this processor has no {name}")
-    library = native.cpu().library
-    chosen = ctypes.addressof(ctypes.c_char.in_dll(library, f"surgery_loops_{name}"))
-
-    class Pinned:
-        def surgery_cpu_sweep(self, _: None, *rest: object) -> int:
-            return int(library.surgery_cpu_sweep(chosen, *rest))
-
-    monkeypatch.setattr(ops, "library_for", lambda _: native.Native(Pinned(), "pinned"))
+    held = pinned(name)
+    monkeypatch.setattr(ops, "library_for", lambda _: held)
     weights, factor = torch.randn(1, 45, 120), factors(1, 120)
     for options in ({"grid": grids(1, 45, 120, 3, 7)}, {"pattern": (2, 4)}, {"pattern": (5, 12)}):
         compare("cpu", weights, factor, **options)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import ctypes
-from typing import Any
-
 import pytest
 import torch
+from kernel_sets import SETS, device, kernels, pinned
 
-from surgery.codecs import bitstream, encode_ops, native, packed_ops
+from surgery.codecs import bitstream, encode_ops, packed_ops
 from surgery.codecs.encode_ops import encode_codes, encode_nf4, encode_stream
 from surgery.codecs.grid import absmax_grid, quantize
 from surgery.codecs.nf4 import LEVELS
@@ -17,12 +15,6 @@ from surgery.codecs.packed_ops import decode_awq
 from surgery.codecs.schemes import IntScheme
 from surgery.errors import UsageError
 
-SETS = ("portable", "avx2", "avx512")
-kernels = pytest.mark.skipif(native.cpu().library is None, reason=f"no kernels: {native.cpu().reason}")
-no_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-device = pytest.mark.parametrize(
-    "device", [pytest.param("cpu", marks=kernels), pytest.param("cuda", marks=(pytest.mark.gpu, no_cuda))]
-)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SHAPES = [
     (1, 1, 0),
@@ -149,18 +141,9 @@ def test_awq_words_are_the_formula(device: str, shape: tuple[int, int, int]) -> 
 @kernels
 @pytest.mark.parametrize("name", SETS)
 def test_every_instruction_set_gives_equal_bits(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    best = native.cpu().path.removeprefix("cpu ")
-    if best not in SETS or SETS.index(name) > SETS.index(best):
-        pytest.skip(f"this processor has no {name}")
-    library = native.cpu().library
-    chosen = ctypes.addressof(ctypes.c_char.in_dll(library, f"surgery_loops_{name}"))
-
-    class Pinned:
-        def __getattr__(self, function: str) -> Any:
-            return lambda _, *rest: getattr(library, function)(chosen, *rest)
-
+    held = pinned(name)
     for module in (encode_ops, packed_ops):
-        monkeypatch.setattr(module, "library_for", lambda _: native.Native(Pinned(), "pinned"))
+        monkeypatch.setattr(module, "library_for", lambda _: held)
     for bits in range(2, 9):
         check_grids("cpu", 12, 645, 43, bits, extreme=True)
         check_grids("cpu", 3, 1024, 128, bits, extreme=False)

@@ -7,12 +7,12 @@ import ctypes
 import numpy as np
 import pytest
 import torch
+from kernel_sets import SETS, device, kernels, loops
 
 from surgery.codecs import native
 from surgery.codecs.magnitude import BITS, all_finite, largest_bits, largest_magnitude
 from surgery.errors import UsageError
 
-SETS = ("portable", "avx2", "avx512")
 COUNTS = (1, 2, 7, 64, 129, 4099, 100_003)
 DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn,
@@ -21,8 +21,6 @@ DTYPES = {
     "F32": torch.float32,
     "F64": torch.float64,
 }
-kernels = pytest.mark.skipif(native.cpu().library is None, reason=f"no kernels: {native.cpu().reason}")
-gpu = (pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"))
 
 
 def noise(dtype: str, count: int) -> np.ndarray:
@@ -73,11 +71,7 @@ def test_nothing_is_finite_and_zero() -> None:
 @kernels
 @pytest.mark.parametrize("name", SETS)
 def test_every_instruction_set(name: str) -> None:
-    library = native.cpu().library
-    assert library is not None
-    chosen = ctypes.addressof(ctypes.c_char.in_dll(library, f"surgery_loops_{name}"))
-    if name == "avx512" and native.cpu().path != "cpu avx512":
-        pytest.skip("this processor has no AVX-512")
+    chosen, library = loops(name), native.cpu().library
     for dtype, bits in BITS.items():
         raw, found = noise(dtype, 4099), ctypes.c_uint64()
         place = raw.ctypes.data
@@ -87,7 +81,7 @@ def test_every_instruction_set(name: str) -> None:
         assert found.value == expected(dtype, raw)
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=gpu)])
+@device
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_tensors(device: str, dtype: str) -> None:
     for count in COUNTS:

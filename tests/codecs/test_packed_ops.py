@@ -2,30 +2,14 @@
 
 from __future__ import annotations
 
-import ctypes
-
 import pytest
 import torch
+from kernel_sets import SETS, device, kernels, pinned
 
-from surgery.codecs import bitstream, native, packed_ops
+from surgery.codecs import bitstream, packed_ops
 from surgery.codecs.packed_ops import decode_nibbles, decode_stream
 from surgery.errors import UsageError
 
-SETS = ("portable", "avx2", "avx512")
-kernels = pytest.mark.skipif(native.cpu().library is None, reason=f"no kernels: {native.cpu().reason}")
-device = pytest.mark.parametrize(
-    "device",
-    [
-        pytest.param("cpu", marks=kernels),
-        pytest.param(
-            "cuda",
-            marks=(
-                pytest.mark.gpu,
-                pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
-            ),
-        ),
-    ],
-)
 SHAPES = [(1, 1, 1), (3, 7, 7), (5, 33, 1), (2, 40, 5), (9, 129, 43), (4, 1200, 3), (70, 512, 4)]
 
 
@@ -83,20 +67,8 @@ def test_nibbles_are_the_formula(device: str, count: int, block: int) -> None:
 @kernels
 @pytest.mark.parametrize("name", SETS)
 def test_every_instruction_set_gives_equal_bits(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    best = native.cpu().path.removeprefix("cpu ")
-    if best not in SETS or SETS.index(name) > SETS.index(best):
-        pytest.skip(f"this processor has no {name}")
-    library = native.cpu().library
-    chosen = ctypes.addressof(ctypes.c_char.in_dll(library, f"surgery_loops_{name}"))
-
-    class Pinned:
-        def surgery_cpu_stream(self, _: None, *rest: object) -> int:
-            return int(library.surgery_cpu_stream(chosen, *rest))
-
-        def surgery_cpu_nibbles(self, _: None, *rest: object) -> int:
-            return int(library.surgery_cpu_nibbles(chosen, *rest))
-
-    monkeypatch.setattr(packed_ops, "library_for", lambda _: native.Native(Pinned(), "pinned"))
+    held = pinned(name)
+    monkeypatch.setattr(packed_ops, "library_for", lambda _: held)
     for bits in range(2, 9):
         check_stream("cpu", (6, 600, 5), bits)
     check_nibbles("cpu", 3001, 64)
