@@ -45,11 +45,12 @@ def gpu_of(device: str) -> str | None:
 
 
 class Lanes(local):
-    """The calling thread's lane to a CUDA device."""
+    """The calling thread's lane to a CUDA device. `made` is shared by all threads: a 1 for every tile."""
 
-    def __init__(self, device: str) -> None:
+    def __init__(self, device: str, made: list[int]) -> None:
         import torch
 
+        self._made = made
         self.device = torch.device(device)
         self._stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
         self._pinned: dict[int, torch.Tensor] = {}
@@ -78,6 +79,7 @@ class Lanes(local):
             scales = None if made.scales is None else self._down(made.scales, 1)
             sums = None if sums is None else self._down(sums, 2)
             self._stream.synchronize()
+        self._made.append(1)
         return ops.Operand(values, scales), sums
 
     def _up(self, tensor: torch.Tensor) -> torch.Tensor:

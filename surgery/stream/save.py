@@ -233,6 +233,8 @@ class Saving:
             if shard.name in self._journal.shards and _size(self.work / shard.name) == shard.nbytes
         }
         self.finished: dict[str, dict[str, Any]] = dict(self.kept)
+        self.gpu_tiles = 0
+        """Tiles that a GPU made in this run, for this output and those written with it."""
 
     def missing(self) -> list[Shard]:
         """The shards that no earlier run finished."""
@@ -252,7 +254,9 @@ class Saving:
 
     def publish(self) -> SaveResult:
         """Add everything beside the shards and give the output its name."""
-        manifest = _complete(self.checkpoint, self.work, self.plan, self.finished, self.kept, self.options)
+        manifest = _complete(
+            self.checkpoint, self.work, self.plan, self.finished, self.kept, self.options, self.gpu_tiles
+        )
         self._journal.append({"event": "complete"})
         _publish(self.work, self.folder)
         return SaveResult(self.folder, manifest)
@@ -274,9 +278,10 @@ def write_rounds(
     peak = max(each.plan.peak_bytes for each in savings)
     done = sum(entry["bytes"] for each in savings for entry in each.finished.values())
     gpu = gpu_of(options.device)
+    made: list[int] = []
     context = ReadContext(
         options.allow_nonfinite, several=len(savings) > 1, buffers=ThreadBuffers(pinned=gpu is not None),
-        lanes=Lanes(gpu) if gpu else None,
+        lanes=Lanes(gpu, made) if gpu else None,
     )  # fmt: skip
     Execution(
         options.hash, max(1, options.threads), options.memory_bytes, context, options.progress,
@@ -285,6 +290,8 @@ def write_rounds(
         remote=remote,
         ahead_bytes=ahead_bytes(options.memory_bytes, peak) if remote else 0,
     ).run(rounds)  # fmt: skip
+    for each in savings:
+        each.gpu_tiles = len(made)
 
 
 def _complete(
@@ -294,6 +301,7 @@ def _complete(
     finished: Mapping[str, Mapping[str, Any]],
     kept: Mapping[str, Any],
     options: SaveOptions,
+    gpu_tiles: int,
 ) -> dict[str, Any]:
     """Write everything beside the shards; returns the manifest."""
     started = time.time() - (time.monotonic() - options.begun)
@@ -302,7 +310,7 @@ def _complete(
     weights = {
         shard.name: {"bytes": shard.nbytes, "sha256": finished[shard.name]["sha256"]} for shard in plan.shards
     }
-    network = traffic(checkpoint.inputs)
+    network, gpu = traffic(checkpoint.inputs), gpu_of(options.device)
     files = {**weights, **_write_side_files(checkpoint, plan, work, options.hash)}
     manifest = build_manifest(
         checkpoint,
@@ -319,8 +327,9 @@ def _complete(
             "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
             "threads": options.threads,
             "memory_bytes": options.memory_bytes,
-            "device": gpu_of(options.device) or "cpu",
-            "kernels": kernels_used(checkpoint, gpu_of(options.device)),
+            "device": gpu if gpu and gpu_tiles else "cpu",
+            **({"gpu_tiles": gpu_tiles} if gpu else {}),
+            "kernels": kernels_used(checkpoint, gpu if gpu_tiles else None),
             "resumed_shards": sorted(kept),
             **({"remote": network} if network else {}),
         },

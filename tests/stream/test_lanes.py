@@ -14,8 +14,11 @@ from surgery.errors import UsageError
 from surgery.operators.merge.aoe import AssemblyOfExperts
 from surgery.operators.merge.linear import Linear
 from surgery.operators.merge.slerp import Slerp
+from surgery.operators.merge.ties import Ties
 from surgery.operators.protocol import Operator
 from surgery.stream import lanes
+from surgery.stream import save as save_module
+from surgery.stream.buffers import ThreadBuffers
 from surgery.stream.source import open_checkpoint
 
 GPU = torch.cuda.is_available()
@@ -59,7 +62,9 @@ def test_a_gpu_writes_the_bytes_of_the_cpu(
     for name in shards:
         assert (tmp_path / "cuda" / name).read_bytes() == (tmp_path / "cpu" / name).read_bytes(), name
     assert set(went) == {2}
-    assert made["cuda"]["run"]["device"] == "cuda" and made["cuda"]["run"]["kernels"]["gpu_path"]
+    run = made["cuda"]["run"]
+    assert run["device"] == "cuda" and run["kernels"]["gpu_path"] and run["gpu_tiles"] == len(went)
+    assert made["cpu"]["run"]["device"] == "cpu" and "gpu_tiles" not in made["cpu"]["run"]
 
 
 @pytest.mark.skipif(GPU, reason="there is a CUDA device")
@@ -76,3 +81,20 @@ def test_a_device_that_is_not_there_is_refused_before_anything_is_written(
 @pytest.mark.skipif(GPU, reason="there is a CUDA device")
 def test_auto_takes_the_cpu_where_there_is_no_gpu() -> None:
     assert lanes.gpu_of("auto") is None and lanes.gpu_of("cpu") is None
+
+
+def test_a_gpu_that_makes_no_tile_is_not_said_to_have_made_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a GPU that is only pretended: methods without kernels there never ask it."""
+    monkeypatch.setattr(save_module, "gpu_of", lambda device: "cuda")
+    monkeypatch.setattr(save_module, "Lanes", lambda device, made: None)
+    monkeypatch.setattr(save_module, "ThreadBuffers", lambda pinned: ThreadBuffers())
+    parents = {
+        "a": open_checkpoint(factories.deepseek_v3(tmp_path / "a", 1, layers=2, experts=2), "a"),
+        "b": open_checkpoint(factories.deepseek_v3(tmp_path / "b", 2, layers=2, experts=2), "b"),
+    }
+    method = Ties.model_validate({"base": "a", "models": {"b": {"density": 0.5}}})
+    run = method.apply(parents).save(tmp_path / "out", device="cuda").manifest["run"]
+    assert (run["device"], run["gpu_tiles"]) == ("cpu", 0)
+    assert run["kernels"]["path"] and "gpu_path" not in run["kernels"]
