@@ -254,9 +254,7 @@ class Saving:
 
     def publish(self) -> SaveResult:
         """Add everything beside the shards and give the output its name."""
-        manifest = _complete(
-            self.checkpoint, self.work, self.plan, self.finished, self.kept, self.options, self.gpu_tiles
-        )
+        manifest = _complete(self)
         self._journal.append({"event": "complete"})
         _publish(self.work, self.folder)
         return SaveResult(self.folder, manifest)
@@ -294,24 +292,18 @@ def write_rounds(
         each.gpu_tiles = len(made)
 
 
-def _complete(
-    checkpoint: Checkpoint,
-    work: Path,
-    plan: Survey,
-    finished: Mapping[str, Mapping[str, Any]],
-    kept: Mapping[str, Any],
-    options: SaveOptions,
-    gpu_tiles: int,
-) -> dict[str, Any]:
+def _complete(saving: Saving) -> dict[str, Any]:
     """Write everything beside the shards; returns the manifest."""
+    checkpoint, plan, options = saving.checkpoint, saving.plan, saving.options
     started = time.time() - (time.monotonic() - options.begun)
-    outcomes = {name: each for entry in finished.values() for name, each in entry["tensors"].items()}
+    outcomes = {name: each for entry in saving.finished.values() for name, each in entry["tensors"].items()}
     measurements = [*norm_rows(checkpoint.tensors, outcomes), *(p.measure() for p in checkpoint.probes)]
     weights = {
-        shard.name: {"bytes": shard.nbytes, "sha256": finished[shard.name]["sha256"]} for shard in plan.shards
+        shard.name: {"bytes": shard.nbytes, "sha256": saving.finished[shard.name]["sha256"]}
+        for shard in plan.shards
     }
     network, gpu = traffic(checkpoint.inputs), gpu_of(options.device)
-    files = {**weights, **_write_side_files(checkpoint, plan, work, options.hash)}
+    files = {**weights, **_write_side_files(checkpoint, plan, saving.work, options.hash)}
     manifest = build_manifest(
         checkpoint,
         plan,
@@ -327,10 +319,10 @@ def _complete(
             "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
             "threads": options.threads,
             "memory_bytes": options.memory_bytes,
-            "device": gpu if gpu and gpu_tiles else "cpu",
-            **({"gpu_tiles": gpu_tiles} if gpu else {}),
-            "kernels": kernels_used(checkpoint, gpu if gpu_tiles else None),
-            "resumed_shards": sorted(kept),
+            "device": gpu if gpu and saving.gpu_tiles else "cpu",
+            **({"gpu_tiles": saving.gpu_tiles} if gpu else {}),
+            "kernels": kernels_used(checkpoint, gpu if saving.gpu_tiles else None),
+            "resumed_shards": sorted(saving.kept),
             **({"remote": network} if network else {}),
         },
     )
@@ -338,13 +330,13 @@ def _complete(
     if options.extras:
         texts |= options.extras(manifest)
     for name, text in texts.items():
-        _write_bytes(work / name, text.encode())
+        _write_bytes(saving.work / name, text.encode())
     if options.hash:
         sums = {name: entry["sha256"] for name, entry in files.items()}
         sums |= {name: sha256(text.encode()).hexdigest() for name, text in texts.items()}
         lines = "".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items()))
-        _write_bytes(work / SUMS, lines.encode())
-    _write_bytes(work / MANIFEST, dump_manifest(manifest))
+        _write_bytes(saving.work / SUMS, lines.encode())
+    _write_bytes(saving.work / MANIFEST, dump_manifest(manifest))
     return manifest
 
 
