@@ -4,8 +4,9 @@
 
 Checks each kernel against the CPU kernels and the torch reference to the last bit (sums of squares to
 1e-12), on random, ragged and extreme inputs and on all codes; times them on [N, N] matrices, several times
-the L2, against a device copy of the same run, eager torch and a Triton kernel (forms of few bits are in
-`packed_gpu.py`, column sweeps are timed by `solver_gpu.py`); then runs itself under
+the L2, against a device copy of the same run, eager torch, a Triton kernel and bitsandbytes where it is there
+(forms of few bits are in `packed_gpu.py`, passes of merge methods in `passes_gpu.py` and checked by
+tests/codecs/test_merges_cuda.py, column sweeps are timed by `solver_gpu.py`); then runs itself under
 compute-sanitizer where that is there (`--small` is what it runs).
 
 Times are medians by device events; GB/s are bytes that must move.
@@ -27,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import packed_gpu
+import passes_gpu
 import torch
 import triton
 import triton.language as tl
@@ -236,13 +238,15 @@ def bench(size: int) -> list[dict[str, Any]]:
         wide = each.values.view(torch.float8_e4m3fn).to(torch.float32)
         return reference.scale_blocks(wide, each.scales)
 
-    for name, nbytes, run in packed_gpu.decoding(big, size) + packed_gpu.encoding(a):
+    for name, nbytes, run in packed_gpu.decoding(big, size) + packed_gpu.encoding(a) + packed_gpu.peers(a):
         row(name, nbytes, run)
     row("fp8 -> bf16, eager", 3, lambda: eager(fa).bfloat16())
     row("bf16 -> fp8, eager", 3, lambda: reference.encode_fp8_block(a, ue8m0=False))
     row("2 fp8 -> fp8, eager", 3,
         lambda: reference.encode_fp8_block(eager(fa).lerp_(eager(fb), 0.5), ue8m0=False))  # fmt: skip
     row("lerp bf16, eager", 6, lambda: torch.lerp(a, b, 0.5))
+    for name, nbytes, run in passes_gpu.cases(a, b):
+        row(name, nbytes, run)
     return rows
 
 
@@ -277,9 +281,11 @@ def main() -> None:
                         ops.assemble(parents, weights, dtype, squares=squares, ue8m0=False)
         packed_gpu.check(widths=(3, 4, 8))
         small_sweeps()
+        passes_gpu.small()
         torch.cuda.synchronize()
         return
     done = check() + check_large() + check_all_codes() + packed_gpu.check()
+    done += passes_gpu.check_beyond()
     print(
         f"{done} comparisons equal after {time.perf_counter() - start:.1f} s",
         flush=True,

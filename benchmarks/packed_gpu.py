@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -174,6 +175,24 @@ def encoding(narrow: torch.Tensor) -> list[Case]:
         ("fp32 -> int4-g128, eager", (4.5 + 5 / 128) / 8, partial(eager_grid, part, SCHEMES[0])),
         ("fp32 -> nf4, eager", (4.5 + 4 / 64) / 8, partial(eager_nf4, part.view(-1))),
     ]
+
+
+def peers(narrow: torch.Tensor) -> list[Case]:
+    """NF4 by bitsandbytes, where it is there: the same values."""
+    if importlib.util.find_spec("bitsandbytes") is None:
+        return []
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    packed, state = quantize_4bit(narrow, blocksize=64, quant_type="nf4")
+    ours = decode_nibbles(packed.view(-1), torch.tensor(LEVELS, device=narrow.device), state.absmax.float(),
+                          narrow.numel(), block=64, high_first=True, dtype=torch.bfloat16)  # fmt: skip
+    unlike = int((dequantize_4bit(packed, state).view(-1) != ours).sum())
+    print(f"of bitsandbytes' values {unlike} of {ours.numel()} are others than ours", flush=True)
+    return [
+        ("nf4 -> bf16, bitsandbytes", 2.5 + 4 / 64, partial(dequantize_4bit, packed, state)),
+        ("bf16 -> nf4, bitsandbytes", 2.5 + 4 / 64,
+         partial(quantize_4bit, narrow, blocksize=64, quant_type="nf4")),
+    ]  # fmt: skip
 
 
 def eager_int4(words: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor) -> torch.Tensor:

@@ -20,12 +20,7 @@ SURGERY_FN double double_of(uint64_t bits) {
     return value;
 }
 
-// e^x for x <= 0; below -700 it is e^-700.
-SURGERY_FN double exp_of_negative(double x) {
-    x = x > -700.0 ? x : -700.0;
-    const double rounded = x * 1.44269504088896338700 + ROUNDER;
-    const double whole = rounded - ROUNDER;
-    const double r = x - whole * LN2_HIGH - whole * LN2_LOW;
+SURGERY_FN double exp_series(double r) {
     double sum = 1.0 / 362880;
     sum = sum * r + 1.0 / 40320;
     sum = sum * r + 1.0 / 5040;
@@ -35,8 +30,30 @@ SURGERY_FN double exp_of_negative(double x) {
     sum = sum * r + 1.0 / 6;
     sum = sum * r + 0.5;
     sum = sum * r + 1.0;
-    sum = sum * r + 1.0;
-    return sum * double_of((bits_of_double(rounded) - bits_of_double(ROUNDER) + 1023) << 52);
+    return sum * r + 1.0;
+}
+
+// e^x for x <= 0; below -700 it is e^-700. From SMALL on it is exp_series(x) to the last bit.
+static const double SMALL = -0.34;
+
+SURGERY_FN double exp_of_negative(double x) {
+    x = x > -700.0 ? x : -700.0;
+    const double rounded = x * 1.44269504088896338700 + ROUNDER;
+    const double whole = rounded - ROUNDER;
+    const double r = x - whole * LN2_HIGH - whole * LN2_LOW;
+    return exp_series(r) * double_of((bits_of_double(rounded) - bits_of_double(ROUNDER) + 1023) << 52);
+}
+
+// ln((1 + s) / (1 - s)) for |s| up to 0.172.
+SURGERY_FN double log_series(double s) {
+    const double z = s * s;
+    double sum = 1.0 / 11;
+    sum = sum * z + 1.0 / 9;
+    sum = sum * z + 1.0 / 7;
+    sum = sum * z + 1.0 / 5;
+    sum = sum * z + 1.0 / 3;
+    sum = sum * z + 1.0;
+    return (s + s) * sum;
 }
 
 // ln x for finite x > 0 that is no subnormal.
@@ -44,16 +61,12 @@ SURGERY_FN double log_of_positive(double x) {
     const int64_t bits = (int64_t)bits_of_double(x);
     const int64_t exponent = ((bits - 0x3FE6A09E667F3BCD) >> 32 >> 20);
     const double m = double_of((uint64_t)(bits - exponent * 0x10000000000000));
-    const double s = (m - 1.0) / (m + 1.0), z = s * s;
-    double sum = 1.0 / 11;
-    sum = sum * z + 1.0 / 9;
-    sum = sum * z + 1.0 / 7;
-    sum = sum * z + 1.0 / 5;
-    sum = sum * z + 1.0 / 3;
-    sum = sum * z + 1.0;
     const double whole = double_of((uint64_t)(exponent + (int64_t)bits_of_double(ROUNDER))) - ROUNDER;
-    return whole * (LN2_HIGH + LN2_LOW) + (s + s) * sum;
+    return whole * (LN2_HIGH + LN2_LOW) + log_series((m - 1.0) / (m + 1.0));
 }
+
+// Whether ln(p / q) is log_series((p - q) / (p + q)); elsewhere it is log_of_positive(p / q).
+SURGERY_FN bool near_one(double gap, double sum) { return (gap < 0.0 ? -gap : gap) <= 0.17 * sum; }
 
 // SFC64 (Chris Doty-Humphrey's PractRand, public domain), with NumPy's halves: the low 32 bits come first.
 struct Sfc64 {

@@ -19,6 +19,7 @@ struct Tasks {
     const Thin* thins;  // by parent, the base's unused
     int32_t elect, divide;
     float share, scale;  // share: what sums are divided by without an election; 1: nothing
+    uint32_t* drawn;     // on CUDA, where any is DRAWN: room for a bit per entry of each model, models 4-byte aligned
 };
 
 // `sizes` gives sums of |difference i|, then of |thinned difference i|, by block: [blocks, 2 * (parents - 1)].
@@ -40,13 +41,25 @@ struct Counting {
     int64_t* counts;        // [parents - 1, 32768] or [parents - 1, digit_count, 65536]
 };
 
+// Dot products of the parents, or (offset) of the differences of all but the first from it: the lower triangle.
+struct Products {
+    Combine at;
+    int32_t offset;
+};
+
+// KL(softmax(parent 1) + 1e-8 | softmax(parent 0) + 1e-8) of each row, not below 0.
+struct Divergence {
+    Combine at;
+    float* out;
+};
+
 struct MergeLoops {
     void (*tasks)(const Tasks*, int64_t, int64_t);
     void (*sizes)(const Tasks*, int64_t, int64_t);
     void (*fusion)(const Fusion*, int64_t, int64_t);
-    void (*products)(const Combine*, int32_t, int64_t, int64_t);
-    void (*counting)(const Counting*);
-    void (*divergence)(const Combine*, float*, int64_t, int64_t);
+    void (*products)(const Products*, int64_t, int64_t);
+    void (*counting)(const Counting*, int64_t, int64_t);
+    void (*divergence)(const Divergence*, int64_t, int64_t);
 };
 
 extern "C" {

@@ -30,14 +30,15 @@ void products_block(const Combine& job, int32_t offset, Scratch& scratch, int64_
     for (int32_t k = 0; k < pairs; ++k) job.sums[block * pairs + k] = folded(lanes + k * BLOCK);
 }
 
-void products(const Combine* job, int32_t offset, int64_t first, int64_t last) {
-    Scratch scratch(job->count);
-    for_blocks(*job, first, last, [&](int64_t block, int64_t row, int64_t col, int height, int width) {
-        const int64_t corner = row * job->cols + col;
+void products(const Products* job, int64_t first, int64_t last) {
+    const Combine& at = job->at;
+    Scratch scratch(at.count);
+    for_blocks(at, first, last, [&](int64_t block, int64_t row, int64_t col, int height, int width) {
+        const int64_t corner = row * at.cols + col;
         if (width == BLOCK)
-            products_block<BLOCK>(*job, offset, scratch, block, height, width, corner);
+            products_block<BLOCK>(at, job->offset, scratch, block, height, width, corner);
         else
-            products_block<0>(*job, offset, scratch, block, height, width, corner);
+            products_block<0>(at, job->offset, scratch, block, height, width, corner);
     });
 }
 
@@ -87,11 +88,10 @@ void counting_block(const Counting& job, Stage& stage, int64_t block, int64_t ro
     }
 }
 
-void counting(const Counting* job) {
+void counting(const Counting* job, int64_t first, int64_t last) {
     const Combine& at = job->at;
-    const int64_t blocks = (at.rows + BLOCK - 1) / BLOCK * ((at.cols + BLOCK - 1) / BLOCK);
     Stage stage(at.count);
-    for_blocks(at, 0, blocks, [&](int64_t block, int64_t row, int64_t col, int height, int width) {
+    for_blocks(at, first, last, [&](int64_t block, int64_t row, int64_t col, int height, int width) {
         const int64_t corner = row * at.cols + col;
         if (width == BLOCK)
             counting_block<BLOCK>(*job, stage, block, row, height, width, corner);
@@ -116,41 +116,73 @@ void load_row(const Combine& job, int32_t parent, int64_t row, float* to) {
 
 // Powers of e of a row less its largest number, and the reciprocal of their sum.
 double powers_of(const float* row, int64_t cols, double* __restrict powers) {
-    float largest = row[0];
-    for (int64_t c = 1; c < cols; ++c) largest = row[c] > largest ? row[c] : largest;
-    alignas(64) double lanes[BLOCK] = {0.0};
+    alignas(64) float most[BLOCK], least[BLOCK];
+    for (int c = 0; c < BLOCK; ++c) most[c] = least[c] = row[0];
     for (int64_t begin = 0; begin < cols; begin += BLOCK) {
         const int n = (int)(cols - begin < BLOCK ? cols - begin : BLOCK);
 #pragma GCC ivdep
         for (int c = 0; c < n; ++c) {
-            powers[begin + c] = exp_of_negative((double)row[begin + c] - (double)largest);
-            lanes[c] += powers[begin + c];
+            const float value = row[begin + c];
+            most[c] = value > most[c] ? value : most[c];
+            least[c] = value < least[c] ? value : least[c];
+        }
+    }
+    for (int c = 1; c < BLOCK; ++c) {
+        most[0] = most[c] > most[0] ? most[c] : most[0];
+        least[0] = least[c] < least[0] ? least[c] : least[0];
+    }
+    const double largest = most[0];
+    const bool small = least[0] - largest >= SMALL;
+    alignas(64) double lanes[BLOCK] = {0.0};
+    for (int64_t begin = 0; begin < cols; begin += BLOCK) {
+        const int n = (int)(cols - begin < BLOCK ? cols - begin : BLOCK);
+        const float* from = row + begin;
+        double* __restrict to = powers + begin;
+        if (small) {
+#pragma GCC ivdep
+            for (int c = 0; c < n; ++c) lanes[c] += to[c] = exp_series((double)from[c] - largest);
+        } else {
+#pragma GCC ivdep
+            for (int c = 0; c < n; ++c) lanes[c] += to[c] = exp_of_negative((double)from[c] - largest);
         }
     }
     return 1.0 / folded(lanes);
 }
 
-void divergence(const Combine* job, float* out, int64_t first, int64_t last) {
-    const int64_t cols = job->cols;
+void divergence(const Divergence* job, int64_t first, int64_t last) {
+    const int64_t cols = job->at.cols;
     Array<float> row(cols);
     Array<double> base(cols), model(cols);
+    alignas(64) double lanes[BLOCK], ps[BLOCK], qs[BLOCK], shares[BLOCK];
     for (int64_t r = first; r < last; ++r) {
-        load_row(*job, 0, r, row.start);
+        load_row(job->at, 0, r, row.start);
         const double by_base = powers_of(row.start, cols, base.start);
-        load_row(*job, 1, r, row.start);
+        load_row(job->at, 1, r, row.start);
         const double by_model = powers_of(row.start, cols, model.start);
-        alignas(64) double lanes[BLOCK] = {0.0};
+        memset(lanes, 0, sizeof lanes);
         for (int64_t begin = 0; begin < cols; begin += BLOCK) {
             const int n = (int)(cols - begin < BLOCK ? cols - begin : BLOCK);
-            const double *qs = base.start + begin, *ps = model.start + begin;
+            int64_t far = 0;
 #pragma GCC ivdep
             for (int c = 0; c < n; ++c) {
-                const double p = ps[c] * by_model + 1e-8, q = qs[c] * by_base + 1e-8;
-                lanes[c] += p * log_of_positive(p / q);
+                ps[c] = model.start[begin + c] * by_model + 1e-8, qs[c] = base.start[begin + c] * by_base + 1e-8;
+                const double gap = ps[c] - qs[c], sum = ps[c] + qs[c];
+                shares[c] = gap / sum;
+                far |= near_one(gap, sum) ? 0 : 1;
+            }
+            if (!far) {
+#pragma GCC ivdep
+                for (int c = 0; c < n; ++c) lanes[c] += ps[c] * log_series(shares[c]);
+            } else {
+#pragma GCC ivdep
+                for (int c = 0; c < n; ++c) {
+                    const double near = log_series(shares[c]), other = log_of_positive(ps[c] / qs[c]);
+                    lanes[c] += ps[c] * (near_one(ps[c] - qs[c], ps[c] + qs[c]) ? near : other);
+                }
             }
         }
         const double sum = folded(lanes);
-        out[r] = (float)(sum > 0.0 ? sum : 0.0);
+        job->out[r] = (float)(sum > 0.0 ? sum : 0.0);
     }
 }
 

@@ -117,7 +117,7 @@ __global__ void __launch_bounds__(THREADS)
 #pragma unroll
             for (int i = 0; i < WIDE; ++i) v[i] = on_grid(words[i] >> 4 * f & 15, grid.zero[f], grid.scale[f]);
             const int64_t row = word * OCTET + awq_row(f);
-            store_run<KIND>(job.out, row * job.cols + begin, count, job.cols % WIDE == 0, v);
+            store<KIND, WIDE>(job.out, row * job.cols + begin, count, job.cols % WIDE == 0, v);
         }
     }
 }

@@ -2,7 +2,7 @@
 //
 // One thread block decodes one 128 x 128 block. Threads are mapped to the output: each makes 16 bytes of it at a time, so
 // that a warp stores four whole 128-byte lines. Built with -fmad=false.
-#include "sixteen.cuh"
+#include "store.cuh"
 
 using namespace surgery;
 
@@ -71,7 +71,7 @@ int32_t surgery_cuda_decode(const uint8_t* codes, const float* scales, void* out
                             int64_t cols, cudaStream_t stream) {
     const int64_t across = (cols + BLOCK - 1) / BLOCK, blocks = (rows + BLOCK - 1) / BLOCK * across;
     if (blocks > 0x7FFFFFFF) return cudaErrorInvalidConfiguration;
-    const bool aligned = cols % RUN == 0 && even(codes) && even(out);
+    const bool aligned = cols % 16 == 0 && even(codes) && even(out);
     if (kind == BF16)
         decode_kernel<BF16><<<(unsigned)blocks, THREADS, 0, stream>>>(codes, scales, out, rows, cols, across, aligned);
     else

@@ -6,7 +6,7 @@
 #include "fp8_encode.h"
 
 #include "e4m3.cuh"
-#include "sixteen.cuh"
+#include "store.cuh"
 
 namespace surgery {
 
@@ -91,7 +91,7 @@ __global__ void __launch_bounds__(THREADS, 2)
 
 bool takes_encoding(const Combine& job) {
     return job.count == 1 && job.kinds[0] != FP8_BLOCK && job.out && job.out_kind == FP8_BLOCK && !job.sums &&
-           job.weights[0] == 1.0f && job.cols % RUN == 0 && even(job.parents[0]) && even(job.out);
+           job.weights[0] == 1.0f && job.cols % 16 == 0 && even(job.parents[0]) && even(job.out);
 }
 
 cudaError_t encode_fp8(const Combine& job, cudaStream_t stream) {

@@ -8,7 +8,8 @@
 #include <algorithm>
 
 #include "ring.cuh"
-#include "sixteen.cuh"
+#include "store.cuh"
+#include "tile.cuh"
 
 namespace surgery {
 
@@ -141,39 +142,6 @@ __device__ __forceinline__ void add_parents(Tile<F>& tile, const uint8_t* slot, 
     }
 }
 
-// The largest magnitude of a warp, as bits: they order as magnitudes do. Infinity counts, NaN does not.
-template <int VALUES>
-__device__ __forceinline__ uint32_t largest(const float* values) {
-    float most = 0.0f;
-#pragma unroll
-    for (int i = 0; i < VALUES; ++i) most = fmaxf(most, fabsf(values[i]));
-    return __reduce_max_sync(ALL, bits_of(most));
-}
-
-template <int VALUES>
-__device__ __forceinline__ uint32_t largest_finite(const float* values) {
-    int32_t most = 0;
-#pragma unroll
-    for (int i = 0; i < VALUES; ++i) most = max(most, finite_magnitude(values[i]));
-    return __reduce_max_sync(ALL, (uint32_t)most);
-}
-
-// Values to quotients, and their scale.
-template <int VALUES>
-__device__ __forceinline__ float divide(float* values, float amax, bool ue8m0) {
-    const float scale = block_scale(amax, ue8m0);
-    // Both sides times the same power of two, exact where the quotient is not far below code 1.
-    const float factor = scale < 0x1p-60f ? 0x1p100f : scale > 0x1p60f ? 0x1p-64f : 1.0f;
-    if (factor != 1.0f) {
-#pragma unroll
-        for (int i = 0; i < VALUES; ++i) values[i] = __fmul_rn(values[i], factor);
-    }
-    const Reciprocal reciprocal(__fmul_rn(scale, factor));
-#pragma unroll
-    for (int i = 0; i < VALUES; ++i) values[i] = reciprocal.times(values[i]);
-    return scale;
-}
-
 // A warp's sums of squares, each in its lane 0.
 template <class F>
 __device__ __forceinline__ void add_lanes(double (*square)[LANES], double (*into)[F::WARPS]) {
@@ -254,7 +222,7 @@ __global__ void __launch_bounds__(F::THREADS, F::RESIDENT) sum_kernel(const __gr
 #pragma unroll
         for (int r = 0; r < F::RUNS; ++r)
             if (row + r * F::STRIDE < job.rows && col < job.cols)
-                store<F::OUTPUT>(job.out, (row + r * F::STRIDE) * job.cols + col, RUN, true, tile.total + r * RUN);
+                store<F::OUTPUT, RUN>(job.out, (row + r * F::STRIDE) * job.cols + col, RUN, true, tile.total + r * RUN);
     }
 }
 

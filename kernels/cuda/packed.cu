@@ -72,7 +72,7 @@ __global__ void __launch_bounds__(THREADS)
 #pragma unroll
             for (int i = 0; i < WIDE; ++i)
                 v[i] = on_grid(codes[r][i / QUAD] >> i % QUAD * BITS & ((1u << BITS) - 1), zero[r], scale[r]);
-            store_run<KIND>(job.out, row * job.cols + col, count, aligned, v);
+            store<KIND, WIDE>(job.out, row * job.cols + col, count, aligned, v);
         }
     }
 }
@@ -111,7 +111,7 @@ __global__ void __launch_bounds__(THREADS)
         float v[WIDE];
 #pragma unroll
         for (int i = 0; i < WIDE; ++i) v[i] = __fmul_rn(mine[(codes[r] >> (4 * i ^ flip) & 15) * 32], scale[r]);
-        store_run<KIND>(job.out, at, count, aligned && count >= WIDE, v);
+        store<KIND, WIDE>(job.out, at, count, aligned && count >= WIDE, v);
     }
 }
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 
-from surgery.codecs import bitstream, native, nf4
+from surgery.codecs import bitstream, native, nf4, structures
 from surgery.codecs.dispatch import call, library_for, place, told
 from surgery.codecs.grid import Quantized, absmax_grid, quantize
 from surgery.codecs.packed_ops import KINDS
@@ -71,7 +71,7 @@ def encode_nf4(values: torch.Tensor, block: int = nf4.BLOCK) -> tuple[torch.Tens
     values = values.contiguous()
     packed = torch.empty(-(-count // 2), dtype=torch.uint8, device=values.device)
     absmax = torch.empty(-(-count // block), dtype=torch.float32, device=values.device)
-    job = native.ToNibbles(
+    job = structures.ToNibbles(
         values=place(values),
         bytes=place(packed),
         absmax=place(absmax),
@@ -111,7 +111,7 @@ def _fill(
     values = values.contiguous()
     scales = torch.empty(rows, groups, dtype=torch.float32, device=values.device)
     zeros = torch.empty(rows, groups, dtype=torch.uint8, device=values.device)
-    job = native.ToStream(
+    job = structures.ToStream(
         values=place(values),
         stream=place(stream),
         scales=place(scales),

@@ -49,7 +49,7 @@ def sizes(vectors: Sequence[torch.Tensor]) -> torch.Tensor:
 def _by_lane(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     rows, cols = left.shape
     down, across = -(-rows // BLOCK), -(-cols // BLOCK)
-    lanes = torch.zeros(down, across * BLOCK, dtype=torch.float64)
+    lanes = torch.zeros(down, across * BLOCK, dtype=torch.float64, device=left.device)
     for row in range(min(BLOCK, rows)):
         each = slice(row, None, BLOCK)
         found = left[each].double() * right[each].double()
@@ -86,7 +86,7 @@ def row_divergence(base: torch.Tensor, model: torch.Tensor) -> torch.Tensor:
     found = []
     for start in range(0, base.shape[0], ROWS):
         p, q = (_softmax(each[start : start + ROWS]) + TINY for each in (model, base))
-        found.append(_row_sums(p * log_of_positive(p / q)))
+        found.append(_row_sums(p * log_of_ratio(p, q)))
     sums = torch.cat(found) if found else torch.zeros(0)
     return torch.where(sums > 0, sums, 0.0).float()
 
@@ -98,7 +98,7 @@ def _softmax(values: torch.Tensor) -> torch.Tensor:
 
 
 def _row_sums(values: torch.Tensor) -> torch.Tensor:
-    lanes = torch.zeros(values.shape[0], BLOCK, dtype=torch.float64)
+    lanes = torch.zeros(values.shape[0], BLOCK, dtype=torch.float64, device=values.device)
     for begin in range(0, values.shape[1], BLOCK):
         piece = values[:, begin : begin + BLOCK]
         lanes[:, : piece.shape[1]] += piece
@@ -118,15 +118,26 @@ def exp_of_negative(x: torch.Tensor) -> torch.Tensor:
     return total * (exponent << 52).view(torch.float64)
 
 
+def log_of_ratio(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+    """ln(p / q) of positive normal float64 numbers, to 1e-10 of itself."""
+    gap, total = p - q, p + q
+    near = gap.abs() <= 0.17 * total
+    return torch.where(near, _log_series(gap / total), log_of_positive(p / q))
+
+
 def log_of_positive(x: torch.Tensor) -> torch.Tensor:
     """ln x of positive normal float64 numbers, to 1e-10."""
     bits = x.contiguous().view(torch.int64)
     exponent = (bits - _HALF_ROOT_BITS) >> 52
     m = (bits - (exponent << 52)).view(torch.float64)
-    s = (m - 1.0) / (m + 1.0)
+    whole = (exponent + _ROUNDER_BITS).view(torch.float64) - _ROUNDER
+    return whole * (_LN2_HIGH + _LN2_LOW) + _log_series((m - 1.0) / (m + 1.0))
+
+
+def _log_series(s: torch.Tensor) -> torch.Tensor:
+    """ln((1 + s) / (1 − s)) of |s| up to 0.172."""
     z = s * s
     total = torch.full_like(z, _LOG[0])
     for coefficient in _LOG[1:]:
         total = total * z + coefficient
-    whole = (exponent + _ROUNDER_BITS).view(torch.float64) - _ROUNDER
-    return whole * (_LN2_HIGH + _LN2_LOW) + (s + s) * total
+    return (s + s) * total

@@ -1,8 +1,9 @@
 """Merge methods on stored operands: whole-tensor statistics, and results in one pass over a tile.
 
-Statistics run on the native CPU kernels (kernels/cpu/merge.cpp) or as `merge_reference.py` has them, with
-equal bits. The results of methods exist natively alone: without kernels the methods' own torch form, which
-is the oracle of these, takes their place. Operands are as in `ops.py`, all of one shape.
+Statistics run on the native kernels of the operands' device or as `merge_reference.py` has them, with equal
+bits. The results of methods exist natively alone: without kernels the methods' own torch form, which is the
+oracle of these, takes their place. Operands are as in `ops.py`, all of one shape; noise and weights of rows
+may come from the CPU.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ from enum import IntEnum
 import torch
 
 from surgery.codecs import merge_reference as reference
-from surgery.codecs import native, ops
-from surgery.codecs.dispatch import library_for
+from surgery.codecs import ops, structures
+from surgery.codecs.dispatch import call, library_for, place
 from surgery.codecs.merge_reference import LOWER_BINS, UPPER_BINS
 from surgery.codecs.ops import Operand
 from surgery.errors import UsageError
@@ -55,37 +56,10 @@ class Sum:
     scale: float
 
 
-class _Thin(ctypes.Structure):
-    _fields_ = (
-        ("kind", ctypes.c_int32), ("divide", ctypes.c_int32),
-        ("low", ctypes.c_float), ("high", ctypes.c_float), ("density", ctypes.c_float),
-        ("factor", ctypes.c_float), ("states", ctypes.c_void_p),
-    )  # fmt: skip
-
-
-class _Tasks(ctypes.Structure):
-    _fields_ = (
-        ("at", native.Combine), ("thins", ctypes.POINTER(_Thin)),
-        ("elect", ctypes.c_int32), ("divide", ctypes.c_int32),
-        ("share", ctypes.c_float), ("scale", ctypes.c_float),
-    )  # fmt: skip
-
-
-class _Fusion(ctypes.Structure):
-    _fields_ = (("at", native.Combine), ("row_weights", ctypes.c_void_p), ("threshold", ctypes.c_float))
-
-
-class _Counting(ctypes.Structure):
-    _fields_ = (
-        ("at", native.Combine), ("row_weights", ctypes.c_void_p), ("digits", ctypes.c_void_p),
-        ("digit_count", ctypes.c_int32), ("counts", ctypes.c_void_p),
-    )  # fmt: skip
-
-
 def available(operands: Sequence[Operand]) -> bool:
     """Whether native kernels serve these operands."""
     first = operands[0].values
-    return first.device.type == "cpu" and bool(first.numel()) and library_for(first).library is not None
+    return bool(first.numel()) and library_for(first).library is not None
 
 
 def products(operands: Sequence[Operand], *, offset: bool) -> torch.Tensor:
@@ -97,8 +71,7 @@ def products(operands: Sequence[Operand], *, offset: bool) -> torch.Tensor:
         return reference.products([tile - tiles[0] for tile in tiles[1:]] if offset else tiles)
     count = len(operands) - offset
     sums = _sums(operands, count * (count + 1) // 2)
-    job = ops.combine_job(operands, [0.0] * len(operands), None, sums, False)
-    _library(operands).surgery_cpu_products(None, ctypes.byref(job), int(offset), torch.get_num_threads())
+    _run("products", operands, structures.Products(at=_at(operands, None, sums), offset=int(offset)))
     return sums
 
 
@@ -108,9 +81,9 @@ def task_sums(operands: Sequence[Operand]) -> torch.Tensor:
     if not available(operands):
         base, *others = (each.decoded() for each in operands)
         return reference.task_sums(base, others)
-    sums = _sums(operands, _columns(len(operands)))
     models = len(operands) - 1
-    _run_tasks(operands, [Thin()] * models, Sum([0.0] * models, False, False, 1.0), None, sums, False)
+    sums = _sums(operands, _columns(len(operands)))
+    _run_tasks("tasks", operands, [Thin()] * models, _nothing(models), None, sums)
     return sums
 
 
@@ -120,20 +93,19 @@ def task_sizes(operands: Sequence[Operand], thins: Sequence[Thin]) -> torch.Tens
     ops.check_operands(operands)
     models = len(operands) - 1
     sums = _sums(operands, 2 * models)
-    job = _tasks_job(operands, thins, Sum([0.0] * models, False, False, 1.0), None, sums, False)
-    _library(operands).surgery_cpu_sizes(None, ctypes.byref(job), torch.get_num_threads())
+    _run_tasks("sizes", operands, thins, _nothing(models), None, sums)
     return sums
 
 
 def row_divergence(base: Operand, model: Operand) -> torch.Tensor:
     """KL(softmax(model) + 10⁻⁸ ‖ softmax(base) + 10⁻⁸) of each row: float32 [rows], not below 0."""
-    ops.check_operands((base, model))
-    if not available((base, model)):
+    operands = (base, model)
+    ops.check_operands(operands)
+    if not available(operands):
         return reference.row_divergence(base.decoded(), model.decoded())
-    out = torch.empty(base.values.shape[0], dtype=torch.float32)
-    job = ops.combine_job((base, model), (0.0, 0.0), None, None, False)
-    library = _library((base, model))
-    library.surgery_cpu_divergence(None, ctypes.byref(job), out.data_ptr(), torch.get_num_threads())
+    out = torch.empty(base.values.shape[0], dtype=torch.float32, device=base.values.device)
+    job = structures.Divergence(at=_at(operands, None, None), out=out.data_ptr())
+    _run("divergence", operands, job)
     return out
 
 
@@ -145,21 +117,20 @@ def count_sizes(
     """Counts of |operand i − operand 0| (times float32 `row_weights` [rows]) by upper 16 bits, int64 [models,
     32768], or of the lower 16 bits by model and `digit`, int64 [models, digits, 65536]."""
     ops.check_operands(operands)
-    models = len(operands) - 1
+    models, weights = len(operands) - 1, _fitting(row_weights, operands)
     if not available(operands):
-        return _count_by_reference(operands, digits, row_weights)
+        return _count_by_reference(operands, digits, weights)
     wanted = torch.tensor(digits, dtype=torch.int32).view(models, -1) if digits is not None else None
     shape = (models, UPPER_BINS) if wanted is None else (models, wanted.shape[1], LOWER_BINS)
-    counts = torch.zeros(shape, dtype=torch.int64)
-    weights = _fitting(row_weights, operands)
-    job = _Counting(
-        at=ops.combine_job(operands, [0.0] * len(operands), None, None, False),
-        row_weights=weights.data_ptr() if weights is not None else None,
-        digits=wanted.data_ptr() if wanted is not None else None,
+    counts = torch.zeros(shape, dtype=torch.int64, device=operands[0].values.device)
+    job = structures.Counting(
+        at=_at(operands, None, None),
+        row_weights=place(weights),
+        digits=place(wanted),
         digit_count=wanted.shape[1] if wanted is not None else 0,
         counts=counts.data_ptr(),
     )
-    _library(operands).surgery_cpu_counting(None, ctypes.byref(job))
+    _run("counting", operands, job)
     return counts
 
 
@@ -170,7 +141,7 @@ def merge_tasks(
     ops.check_operands(operands)
     out = ops.empty_result(operands[0].values, dtype)
     sums = _sums(operands, _columns(len(operands)))
-    _run_tasks(operands, thins, how, out, sums, ue8m0)
+    _run_tasks("tasks", operands, thins, how, out, sums, ue8m0)
     return out, sums
 
 
@@ -188,49 +159,63 @@ def merge_fusion(
     operands = (base, model)
     ops.check_operands(operands)
     out = ops.empty_result(base.values, dtype)
-    sums = _sums(operands, 2)
-    weights = _fitting(row_weights, operands)
-    job = _Fusion(
-        at=ops.combine_job(operands, (0.0, 0.0), out, sums, ue8m0),
-        row_weights=weights.data_ptr() if weights is not None else None,
-        threshold=threshold,
+    sums, weights = _sums(operands, 2), _fitting(row_weights, operands)
+    job = structures.Fusion(
+        at=_at(operands, out, sums, ue8m0=ue8m0), row_weights=place(weights), threshold=threshold
     )
-    _library(operands).surgery_cpu_fusion(None, ctypes.byref(job), torch.get_num_threads())
+    _run("fusion", operands, job)
     return out, sums
 
 
 def _run_tasks(
-    operands: Sequence[Operand], thins: Sequence[Thin], how: Sum, out: Operand | None,
-    sums: torch.Tensor, ue8m0: bool,
+    name: str, operands: Sequence[Operand], thins: Sequence[Thin], how: Sum, out: Operand | None,
+    sums: torch.Tensor, ue8m0: bool = False,
 ) -> None:  # fmt: skip
-    job = _tasks_job(operands, thins, how, out, sums, ue8m0)
-    _library(operands).surgery_cpu_tasks(None, ctypes.byref(job), torch.get_num_threads())
-
-
-def _tasks_job(
-    operands: Sequence[Operand], thins: Sequence[Thin], how: Sum, out: Operand | None,
-    sums: torch.Tensor, ue8m0: bool,
-) -> _Tasks:  # fmt: skip
-    blocks = ops.scale_shape(operands[0].values.shape)[0]
+    first = operands[0].values
+    blocks = ops.scale_shape(first.shape)[0]
     for thin in thins:
         if thin.kept is Kept.DRAWN and (thin.states is None or tuple(thin.states.shape) != (blocks, 4)):
             raise UsageError(f"drawing needs the states of {blocks} blocks of rows")
+    states = [None if thin.states is None else thin.states.to(first.device) for thin in thins]
+    room = None
+    if first.is_cuda and any(thin.kept is Kept.DRAWN for thin in thins):
+        shape = (len(thins), -(-first.numel() // 32))
+        room = torch.empty(shape, dtype=torch.int32, device=first.device)
+    entries = (_entry(thin, each) for thin, each in zip(thins, states, strict=True))
     share = sum(how.weights)
-    return _Tasks(
-        at=ops.combine_job(operands, (0.0, *how.weights), out, sums, ue8m0),
-        thins=(_Thin * len(operands))(_Thin(), *(_entry(thin) for thin in thins)),
+    job = structures.Tasks(
+        at=_at(operands, out, sums, how.weights, ue8m0=ue8m0),
+        thins=(structures.Thin * len(operands))(structures.Thin(), *entries),
         elect=int(how.elect),
         divide=int(how.divide),
         share=share if how.divide and not how.elect and abs(share) > 1e-8 else 1.0,
         scale=how.scale,
+        drawn=place(room),
     )
+    _run(name, operands, job)
 
 
-def _entry(thin: Thin) -> _Thin:
-    states = thin.states.data_ptr() if thin.states is not None else None
-    return _Thin(
-        int(thin.kept), int(thin.divide), thin.low, thin.high, thin.density, thin.factor, states
-    )  # fmt: skip
+def _nothing(models: int) -> Sum:
+    return Sum([0.0] * models, False, False, 1.0)
+
+
+def _entry(thin: Thin, states: torch.Tensor | None) -> structures.Thin:
+    numbers = (thin.low, thin.high, thin.density, thin.factor)
+    return structures.Thin(int(thin.kept), int(thin.divide), *numbers, place(states))
+
+
+def _at(
+    operands: Sequence[Operand], out: Operand | None, sums: torch.Tensor | None,
+    weights: Sequence[float] = (), *, ue8m0: bool = False,
+) -> structures.Combine:  # fmt: skip
+    """`weights` are those of the operands but the first, 0 where there are none."""
+    given = (0.0, *weights) if weights else [0.0] * len(operands)
+    return ops.combine_job(operands, given, out, sums, ue8m0)
+
+
+def _run(name: str, operands: Sequence[Operand], job: ctypes.Structure) -> None:
+    first = operands[0].values
+    call(library_for(first), name, first.device, ctypes.byref(job))
 
 
 def _count_by_reference(
@@ -254,7 +239,7 @@ def _fitting(row_weights: torch.Tensor | None, operands: Sequence[Operand]) -> t
         return None
     if row_weights.dtype != torch.float32 or tuple(row_weights.shape) != (rows,):
         raise UsageError(f"row weights are float32 [{rows}], not {tuple(row_weights.shape)}")
-    return row_weights.contiguous()
+    return row_weights.to(operands[0].values.device).contiguous()
 
 
 def _columns(count: int) -> int:
@@ -263,9 +248,4 @@ def _columns(count: int) -> int:
 
 def _sums(operands: Sequence[Operand], columns: int) -> torch.Tensor:
     down, across = ops.scale_shape(operands[0].values.shape)
-    return torch.empty((down * across, columns), dtype=torch.float64)
-
-
-def _library(operands: Sequence[Operand]) -> ctypes.CDLL:
-    found: ctypes.CDLL = library_for(operands[0].values).library
-    return found
+    return torch.empty((down * across, columns), dtype=torch.float64, device=operands[0].values.device)

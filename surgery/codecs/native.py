@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+from surgery.codecs import structures
 from surgery.codecs.compile import compiler_version, cpu_library, cuda_library, find_compiler
 from surgery.errors import SurgeryError, UsageError
 
@@ -20,154 +21,20 @@ FP8_BLOCK, BF16, F32, F16 = range(4)
 """Kinds of operands, as in kernels/core/bits.h."""
 
 
-class Combine(ctypes.Structure):
-    """struct Combine of kernels/cpu/blocks.h."""
-
-    _fields_ = (
-        ("parents", ctypes.POINTER(ctypes.c_void_p)),
-        ("kinds", ctypes.POINTER(ctypes.c_int32)),
-        ("scales", ctypes.POINTER(ctypes.c_void_p)),
-        ("weights", ctypes.POINTER(ctypes.c_float)),
-        ("count", ctypes.c_int32),
-        ("out", ctypes.c_void_p),
-        ("out_kind", ctypes.c_int32),
-        ("out_scales", ctypes.c_void_p),
-        ("sums", ctypes.c_void_p),
-        ("rows", ctypes.c_int64),
-        ("cols", ctypes.c_int64),
-        ("ue8m0", ctypes.c_int32),
-    )
-
-
-class Sweep(ctypes.Structure):
-    """struct Sweep of kernels/core/sweep.h."""
-
-    _fields_ = (
-        ("weights", ctypes.c_void_p),
-        ("weight_batch", ctypes.c_int64),
-        ("weight_row", ctypes.c_int64),
-        ("factor", ctypes.c_void_p),
-        ("factor_batch", ctypes.c_int64),
-        ("factor_row", ctypes.c_int64),
-        ("mask", ctypes.c_void_p),
-        ("mask_batch", ctypes.c_int64),
-        ("mask_row", ctypes.c_int64),
-        ("scales", ctypes.c_void_p),
-        ("zeros", ctypes.c_void_p),
-        ("group", ctypes.c_void_p),
-        ("group_batch", ctypes.c_int64),
-        ("values", ctypes.c_void_p),
-        ("value_batch", ctypes.c_int64),
-        ("value_row", ctypes.c_int64),
-        ("errors", ctypes.c_void_p),
-        ("error_batch", ctypes.c_int64),
-        ("error_row", ctypes.c_int64),
-        ("codes", ctypes.c_void_p),
-        ("code_batch", ctypes.c_int64),
-        ("code_row", ctypes.c_int64),
-        ("batch", ctypes.c_int64),
-        ("rows", ctypes.c_int64),
-        ("groups", ctypes.c_int64),
-        ("cols", ctypes.c_int32),
-        ("prune", ctypes.c_int32),
-        ("of", ctypes.c_int32),
-        ("top", ctypes.c_int32),
-    )
-
-
-class Stream(ctypes.Structure):
-    """struct Stream of kernels/core/packed.h."""
-
-    _fields_ = (
-        ("words", ctypes.c_void_p),
-        ("scales", ctypes.c_void_p),
-        ("zeros", ctypes.c_void_p),
-        ("out", ctypes.c_void_p),
-        ("rows", ctypes.c_int64),
-        ("cols", ctypes.c_int64),
-        ("row_words", ctypes.c_int64),
-        ("groups", ctypes.c_int64),
-        ("width", ctypes.c_int64),
-        ("kind", ctypes.c_int32),
-        ("bits", ctypes.c_int32),
-        ("zero", ctypes.c_int32),
-    )
-
-
-class Nibbles(ctypes.Structure):
-    """struct Nibbles of kernels/core/packed.h."""
-
-    _fields_ = (
-        ("bytes", ctypes.c_void_p),
-        ("scales", ctypes.c_void_p),
-        ("levels", ctypes.c_void_p),
-        ("out", ctypes.c_void_p),
-        ("count", ctypes.c_int64),
-        ("block", ctypes.c_int64),
-        ("kind", ctypes.c_int32),
-        ("high_first", ctypes.c_int32),
-    )
-
-
-class AwqWords(ctypes.Structure):
-    """struct AwqWords of kernels/core/packed.h."""
-
-    _fields_ = (
-        ("words", ctypes.c_void_p),
-        ("zeros", ctypes.c_void_p),
-        ("scales", ctypes.c_void_p),
-        ("out", ctypes.c_void_p),
-        ("rows", ctypes.c_int64),
-        ("cols", ctypes.c_int64),
-        ("groups", ctypes.c_int64),
-        ("width", ctypes.c_int64),
-        ("kind", ctypes.c_int32),
-    )
-
-
-class ToStream(ctypes.Structure):
-    """struct ToStream of kernels/core/encode.h."""
-
-    _fields_ = (
-        ("values", ctypes.c_void_p),
-        ("stream", ctypes.c_void_p),
-        ("scales", ctypes.c_void_p),
-        ("zeros", ctypes.c_void_p),
-        ("rows", ctypes.c_int64),
-        ("cols", ctypes.c_int64),
-        ("row_bytes", ctypes.c_int64),
-        ("groups", ctypes.c_int64),
-        ("width", ctypes.c_int64),
-        ("kind", ctypes.c_int32),
-        ("scale_kind", ctypes.c_int32),
-        ("bits", ctypes.c_int32),
-        ("top", ctypes.c_int32),
-        ("symmetric", ctypes.c_int32),
-    )
-
-
-class ToNibbles(ctypes.Structure):
-    """struct ToNibbles of kernels/core/encode.h."""
-
-    _fields_ = (
-        ("values", ctypes.c_void_p),
-        ("bytes", ctypes.c_void_p),
-        ("absmax", ctypes.c_void_p),
-        ("count", ctypes.c_int64),
-        ("block", ctypes.c_int64),
-        ("kind", ctypes.c_int32),
-        ("borders", ctypes.c_float * 15),
-    )
-
-
 JOBS = {
-    "combine": Combine,
-    "sweep": Sweep,
-    "stream": Stream,
-    "nibbles": Nibbles,
-    "awq": AwqWords,
-    "to_stream": ToStream,
-    "to_nibbles": ToNibbles,
+    "combine": structures.Combine,
+    "sweep": structures.Sweep,
+    "stream": structures.Stream,
+    "nibbles": structures.Nibbles,
+    "awq": structures.AwqWords,
+    "to_stream": structures.ToStream,
+    "to_nibbles": structures.ToNibbles,
+    "tasks": structures.Tasks,
+    "sizes": structures.Tasks,
+    "fusion": structures.Fusion,
+    "products": structures.Products,
+    "counting": structures.Counting,
+    "divergence": structures.Divergence,
 }
 """Operations that take one structure."""
 
@@ -225,12 +92,6 @@ def _load_cpu() -> Native:
     library.surgery_cpu_largest.argtypes = (pointer, pointer, pointer, i32, u64, i64, pointer, i32)
     for operation, job in JOBS.items():
         getattr(library, f"surgery_cpu_{operation}").argtypes = (pointer, ctypes.POINTER(job), i32)
-    library.surgery_cpu_tasks.argtypes = (pointer, pointer, i32)
-    library.surgery_cpu_sizes.argtypes = (pointer, pointer, i32)
-    library.surgery_cpu_fusion.argtypes = (pointer, pointer, i32)
-    library.surgery_cpu_products.argtypes = (pointer, pointer, i32, i32)
-    library.surgery_cpu_counting.argtypes = (pointer, pointer)
-    library.surgery_cpu_divergence.argtypes = (pointer, pointer, pointer, i32)
     library.surgery_cpu_isa.restype = ctypes.c_char_p
     return Native(library, f"cpu {library.surgery_cpu_isa().decode()}", compiler=compiler)
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from surgery.codecs import column_sweep, native, reference
+from surgery.codecs import column_sweep, native, reference, structures
 from surgery.codecs.column_sweep import BlockGrid, SweptBlock
 from surgery.codecs.dispatch import call, check, library_for, place, told
 from surgery.codecs.reference import BLOCK
@@ -137,7 +137,7 @@ def sweep_block(
     mask = None if mask is None or pattern else _dense(mask.view(torch.uint8))
     if grid is not None:
         grid = BlockGrid(grid.scales.contiguous(), grid.zeros.contiguous(), _dense(grid.group), grid.top)
-    job = native.Sweep(
+    job = structures.Sweep(
         **_strided(weights, "weights", "weight"),
         **_strided(factor, "factor", "factor"),
         **_strided(mask, "mask", "mask"),
@@ -236,11 +236,11 @@ def combine_job(
     out: Operand | None,
     sums: torch.Tensor | None,
     ue8m0: bool,
-) -> native.Combine:
+) -> structures.Combine:
     """The C struct of a weighted sum; what it points to must outlive it."""
     count = len(parents)
     first = parents[0].values
-    return native.Combine(
+    return structures.Combine(
         parents=(ctypes.c_void_p * count)(*(each.values.data_ptr() for each in parents)),
         kinds=(ctypes.c_int32 * count)(*(KINDS[each.values.dtype] for each in parents)),
         scales=(ctypes.c_void_p * count)(*(place(each.scales) for each in parents)),

@@ -13,7 +13,7 @@ import ctypes
 
 import torch
 
-from surgery.codecs import awq, bitstream, native
+from surgery.codecs import awq, bitstream, native, structures
 from surgery.codecs.dispatch import call, check, library_for, place
 from surgery.codecs.grid import Quantized
 from surgery.errors import UsageError
@@ -47,7 +47,7 @@ def decode_stream(
         points = zeros if isinstance(zeros, torch.Tensor) else _filled(scales, zeros)
         return Quantized(bitstream.unpack(words, bits, cols), scales, points).values().to(dtype)
     out = torch.empty(rows, cols, dtype=dtype, device=words.device)
-    job = native.Stream(
+    job = structures.Stream(
         words=place(words),
         scales=place(scales),
         zeros=place(zeros) if isinstance(zeros, torch.Tensor) else None,
@@ -83,7 +83,7 @@ def decode_awq(
     found = library_for(words)
     if found.library is None:
         return awq.unpacked(words, zeros, scales).values().to(dtype)
-    job = native.AwqWords(
+    job = structures.AwqWords(
         words=place(words),
         zeros=place(zeros),
         scales=place(scales),
@@ -120,7 +120,7 @@ def decode_nibbles(
     if found.library is None or not count:
         return _nibbles_by_reference(packed, levels, scales, count, block, high_first).to(dtype)
     out = torch.empty(count, dtype=dtype, device=packed.device)
-    job = native.Nibbles(
+    job = structures.Nibbles(
         bytes=place(packed),
         scales=place(scales),
         levels=place(levels),

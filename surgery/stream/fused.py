@@ -5,8 +5,8 @@ It is the same arithmetic as `pull` followed by `encode`, to the last bit, witho
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 
 from surgery.codecs.fp8_block import Fp8Block
 from surgery.codecs.operands import fusable, operand, result_dtype, stored
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from surgery.codecs.ops import Operand
 
     Parts = dict[str, np.ndarray[Any, Any]]
+
+Result = TypeVar("Result")
 
 
 class FusedKernel(Protocol):
@@ -81,22 +83,21 @@ def operands(inputs: Sequence[TensorRef], start: int, stop: int, context: ReadCo
     return [found[index] for index in range(len(inputs))]
 
 
-def assembled(
+def computed(
     parents: Sequence[Operand],
-    weights: Sequence[float],
-    dtype: torch.dtype,
     context: ReadContext,
+    work: Callable[[Sequence[Operand]], Result],
     *,
-    squares: bool,
-    ue8m0: bool,
-) -> tuple[Operand, torch.Tensor | None]:
-    """`ops.assemble`, on the context's GPU where it has one and the tile is worth it."""
-    from surgery.codecs import ops
+    natively: bool = False,
+) -> Result:
+    """`work(parents)`, on the context's GPU where it has one and the tile is worth it (`natively`: and there
+    are kernels); valid until this thread asks again."""
     from surgery.stream.lanes import SMALLEST
 
-    if context.lanes is not None and parents[0].values.numel() >= SMALLEST:
-        return context.lanes.assemble(parents, weights, dtype, squares=squares, ue8m0=ue8m0)
-    return ops.assemble(parents, weights, dtype, squares=squares, ue8m0=ue8m0)
+    lanes = context.lanes
+    if lanes is None or parents[0].values.numel() < SMALLEST or (natively and not lanes.native):
+        return work(parents)
+    return lanes.computed(parents, work)
 
 
 def form_of(target: TensorRef) -> tuple[torch.dtype, bool]:

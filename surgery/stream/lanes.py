@@ -8,9 +8,10 @@ are those of the CPU to the last bit.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import count
 from threading import local
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from surgery.errors import UsageError
 
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     import torch
 
     from surgery.codecs.ops import Operand
+
+Result = TypeVar("Result")
 
 SMALLEST = (1 << 18) + 1
 """Weights from which on a tile is worth the way: more than a tensor has that shares a job with others, since
@@ -50,21 +53,17 @@ class Lanes(local):
     def __init__(self, device: str, made: list[int]) -> None:
         import torch
 
+        from surgery.codecs.dispatch import cuda_library
+
         self._made = made
         self.device = torch.device(device)
+        self.native = cuda_library(self.device).library is not None
         self._stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
         self._pinned: dict[int, torch.Tensor] = {}
 
-    def assemble(
-        self,
-        parents: Sequence[Operand],
-        weights: Sequence[float],
-        dtype: torch.dtype,
-        *,
-        squares: bool,
-        ue8m0: bool,
-    ) -> tuple[Operand, torch.Tensor | None]:
-        """`ops.assemble` on the device, from and to host memory; valid until this thread's next tile."""
+    def computed(self, parents: Sequence[Operand], work: Callable[[Sequence[Operand]], Result]) -> Result:
+        """What `work` makes of the parents there (an operand, a tensor, None or a tuple of these), from
+        and to host memory; valid until this thread's next call."""
         import torch
 
         from surgery.codecs import ops
@@ -74,18 +73,26 @@ class Lanes(local):
                 ops.Operand(self._up(each.values), None if each.scales is None else self._up(each.scales))
                 for each in parents
             ]
-            made, sums = ops.assemble(there, weights, dtype, squares=squares, ue8m0=ue8m0)
-            values = self._down(made.values, 0)
-            scales = None if made.scales is None else self._down(made.scales, 1)
-            sums = None if sums is None else self._down(sums, 2)
+            found: Result = self._down(work(there), count())
             self._stream.synchronize()
         self._made.append(1)
-        return ops.Operand(values, scales), sums
+        return found
 
     def _up(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.to(self.device, non_blocking=True)
 
-    def _down(self, tensor: torch.Tensor, slot: int) -> torch.Tensor:
+    def _down(self, made: Any, slots: Iterator[int]) -> Any:
+        from surgery.codecs.ops import Operand
+
+        if made is None:
+            return None
+        if isinstance(made, tuple):
+            return tuple(self._down(each, slots) for each in made)
+        if isinstance(made, Operand):
+            return Operand(self._down(made.values, slots), self._down(made.scales, slots))
+        return self._tensor_down(made, next(slots))
+
+    def _tensor_down(self, tensor: torch.Tensor, slot: int) -> torch.Tensor:
         import torch
 
         flat = tensor.view(-1).view(torch.uint8)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from surgery.codecs import merge_reference as reference
-from surgery.codecs import merges, native, ops
+from surgery.codecs import merges, native
 from surgery.codecs import reference as blocks
 from surgery.codecs.merges import Kept, Sum, Thin
 from surgery.codecs.ops import Operand
@@ -37,7 +37,7 @@ def loops(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
         return staticmethod(lambda _, *rest: call(chosen, *rest))
 
     held = type("Pinned", (), {f"surgery_cpu_{name}": pinned(name) for name in CALLS})
-    monkeypatch.setattr(ops, "library_for", lambda _: native.Native(held, "pinned"))
+    monkeypatch.setattr(merges, "library_for", lambda _: native.Native(held, "pinned"))
 
 
 def operands(shape: tuple[int, int], seed: int = 0, apart: float = 0.1) -> list[Operand]:
@@ -115,6 +115,23 @@ def test_divergences_are_those_of_float64(apart: float) -> None:
     want = (p * (p / q).log()).sum(-1)
     found = merges.row_divergence(base, model).double()
     assert float((found - want).norm() / want.norm()) < 1e-6
+
+
+@kernels
+@pytest.mark.parametrize("size", [1e-3, 0.02, 0.1, 3.0, 800.0])
+@pytest.mark.parametrize("apart", [1e-3, 0.3])
+def test_divergences_of_small_and_large_numbers_are_the_references(
+    loops: None, size: float, apart: float
+) -> None:
+    """Rows within reach of the series alone, rows beyond it, and rows with a single far entry."""
+    base = torch.randn(9, 300) * size
+    model = base * (1 + apart * torch.randn(9, 300))
+    base[3, 7], model[4, 299] = 30.0, -2.0
+    found = merges.row_divergence(Operand(base), Operand(model.bfloat16()))
+    assert torch.equal(found, reference.row_divergence(base, model.bfloat16().float()))
+    p, q = (each.double().softmax(-1) + 1e-8 for each in (model.bfloat16(), base))
+    want = (p * (p / q).log()).sum(-1)
+    assert float((found.double() - want).norm()) < 1e-6 * float(want.norm()) + 1e-12
 
 
 @kernels

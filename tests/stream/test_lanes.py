@@ -12,6 +12,8 @@ from folders import strict_manifest
 
 from surgery.errors import UsageError
 from surgery.operators.merge.aoe import AssemblyOfExperts
+from surgery.operators.merge.arcee_fusion import ArceeFusion
+from surgery.operators.merge.dare import DareTies
 from surgery.operators.merge.linear import Linear
 from surgery.operators.merge.slerp import Slerp
 from surgery.operators.merge.ties import Ties
@@ -34,8 +36,11 @@ SIZES: dict[str, Any] = {"layers": 3, "experts": 3, "hidden": 776, "moe_intermed
         AssemblyOfExperts(base="a", weights={"a": 0.4, "b": 0.6}),
         Linear.model_validate({"models": {"a": 0.3, "b": 0.9}}),
         Slerp.model_validate({"base": "a", "models": {"b": {}}, "t": 0.3}),
+        ArceeFusion.model_validate({"base": "a", "models": {"b": {}}}),
+        Ties.model_validate({"base": "a", "models": {"b": {"density": 0.3}}, "normalize": "norms"}),
+        DareTies.model_validate({"base": "a", "models": {"b": {"density": 0.4}}, "rescale": "l1"}),
     ],
-    ids=["aoe", "linear", "slerp"],
+    ids=["aoe", "linear", "slerp", "fusion", "ties", "dare"],
 )
 def test_a_gpu_writes_the_bytes_of_the_cpu(
     method: Operator, threads: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -45,13 +50,13 @@ def test_a_gpu_writes_the_bytes_of_the_cpu(
         "b": factories.deepseek_v3(tmp_path / "b", 2, base=1, delta=0.3, **SIZES),
     }
     made, went = {}, []
-    assemble = lanes.Lanes.assemble
+    computed = lanes.Lanes.computed
 
-    def counted(self: lanes.Lanes, *arguments: Any, **options: Any) -> Any:
-        went.append(len(arguments[0]))
-        return assemble(self, *arguments, **options)
+    def counted(self: lanes.Lanes, parents: Any, work: Any) -> Any:
+        went.append(len(parents))
+        return computed(self, parents, work)
 
-    monkeypatch.setattr(lanes.Lanes, "assemble", counted)
+    monkeypatch.setattr(lanes.Lanes, "computed", counted)
     for device in ("cpu", "cuda"):
         out = tmp_path / device
         child = method.apply({name: open_checkpoint(path, name) for name, path in parents.items()})
@@ -86,7 +91,7 @@ def test_auto_takes_the_cpu_where_there_is_no_gpu() -> None:
 def test_a_gpu_that_makes_no_tile_is_not_said_to_have_made_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With a GPU that is only pretended: methods without kernels there never ask it."""
+    """With a GPU that is only pretended: tiles as small as these are never sent."""
     monkeypatch.setattr(save_module, "gpu_of", lambda device: "cuda")
     monkeypatch.setattr(save_module, "Lanes", lambda device, made: None)
     monkeypatch.setattr(save_module, "ThreadBuffers", lambda pinned: ThreadBuffers())

@@ -50,7 +50,7 @@ from surgery.stream.checkpoint import (
     Sums,
     TensorRef,
 )
-from surgery.stream.fused import assembled, form_of, operands, parts_of
+from surgery.stream.fused import computed, form_of, operands, parts_of
 from surgery.stream.recode import recode
 from surgery.stream.select import matcher
 
@@ -102,7 +102,7 @@ class Assembly:
         self, inputs: Sequence[TensorRef], target: ComputedRef, start: int, stop: int, context: ReadContext
     ) -> tuple[dict[str, np.ndarray[Any, Any]], Sums] | None:
         """By the native kernels, where there are any."""
-        from surgery.codecs import merges
+        from surgery.codecs import merges, ops
 
         def read() -> _Tile:
             return _Tile(operands(inputs, start, stop, context))
@@ -112,8 +112,10 @@ class Assembly:
         if not merges.available(tile.parents):
             return None
         dtype, ue8m0 = form_of(target)
-        squares = self.threshold == 0 and tile.sums is None
-        result, sums = assembled(tile.parents, self.weights, dtype, context, squares=squares, ue8m0=ue8m0)
+        how: dict[str, bool] = {"squares": self.threshold == 0 and tile.sums is None, "ue8m0": ue8m0}
+        result, sums = computed(
+            tile.parents, context, lambda parents: ops.assemble(parents, self.weights, dtype, **how)
+        )
         if sums is not None:
             tile.sums = totals(sums)
         return parts_of(target, result), (tile.sums or ()) if self.threshold == 0 else ()

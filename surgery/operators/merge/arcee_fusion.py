@@ -70,9 +70,12 @@ class Fusion(MethodKernel):
     ) -> tuple[Operand, torch.Tensor | None] | None:
         from surgery.codecs.merges import merge_fusion
 
-        base, model = tile.operands(2)
-        weights = self._row_weights(tile, (base, model))
-        return merge_fusion(base, model, weights, self._threshold, dtype, ue8m0=ue8m0)
+        def work(parents: Sequence[Operand]) -> tuple[Operand, torch.Tensor]:
+            base, model = parents
+            weights = self._row_weights(tile, parents)
+            return merge_fusion(base, model, weights, self._threshold, dtype, ue8m0=ue8m0)
+
+        return tile.computed(2, work, natively=True)
 
     def merge(self, tiles: Sequence[torch.Tensor]) -> torch.Tensor:
         base, model = tiles

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 
 from surgery.operators.merge.distances import totals
 from surgery.operators.merge.method import MethodKernel, Tile, Whole
-from surgery.stream.fused import assembled
 
 if TYPE_CHECKING:
     import torch
@@ -43,7 +42,9 @@ class Combination(MethodKernel):
         from surgery.codecs.merges import products
 
         models = len(self.labels)
-        found = whole.sum(lambda tile: totals(products(tile.operands(models), offset=self._offset)))
+        found = whole.sum(
+            lambda tile: totals(tile.computed(models, lambda at: products(at, offset=self._offset)))
+        )
         count = len(self.labels) - self._offset
         found = found or [0.0] * (count * (count + 1) // 2)
         square = [
@@ -56,15 +57,17 @@ class Combination(MethodKernel):
     ) -> tuple[Operand, torch.Tensor | None] | None:
         if self._offset or not any(self._coefficients):
             return None
+        from surgery.codecs import ops
         from surgery.codecs.merges import task_sums
 
-        parents = tile.operands(len(self.labels))
-        few = len(parents) < 3
-        squares = self.based and few
-        result, sums = assembled(
-            parents, self._coefficients, dtype, tile.context, squares=squares, ue8m0=ue8m0
-        )
-        return result, task_sums(parents) if self.based and not few else sums
+        few = len(self.labels) < 3
+        how: dict[str, bool] = {"squares": self.based and few, "ue8m0": ue8m0}
+
+        def work(parents: Sequence[Operand]) -> tuple[Operand, torch.Tensor | None]:
+            result, sums = ops.assemble(parents, self._coefficients, dtype, **how)
+            return result, task_sums(parents) if self.based and not few else sums
+
+        return tile.computed(len(self.labels), work)
 
     def merge(self, tiles: Sequence[torch.Tensor]) -> torch.Tensor:
         if not self._offset:

@@ -35,7 +35,7 @@ from surgery.stream.checkpoint import (
     Sums,
     TensorRef,
 )
-from surgery.stream.fused import form_of, operands, parts_of
+from surgery.stream.fused import computed, form_of, operands, parts_of
 from surgery.stream.recode import recode
 from surgery.stream.select import matcher
 from surgery.stream.team import Team
@@ -75,6 +75,12 @@ class Tile:
     def operands(self, count: int) -> list[Operand]:
         """Of the first `count` inputs, for the native kernels; valid until the thread's next tile."""
         return operands(self.inputs[:count], self.start, self.stop, self.context)
+
+    def computed(
+        self, count: int, work: Callable[[Sequence[Operand]], Result], *, natively: bool = False
+    ) -> Result:
+        """`work` on `operands(count)`, on a GPU where one is to compute; see `fused.computed`."""
+        return computed(self.operands(count), self.context, work, natively=natively)
 
 
 class Whole:

@@ -12,6 +12,7 @@ from threading import Lock
 from typing import TYPE_CHECKING
 
 from surgery.operators.merge.method import Tile, Whole
+from surgery.stream.fused import computed
 
 if TYPE_CHECKING:
     import torch
@@ -101,8 +102,11 @@ def select_sizes(
         digits = [selector.digits for selector in selectors.values()]
         most = max(map(len, digits))
         padded = [each + each[-1:] * (most - len(each)) for each in digits] if most else None
-        weights = row_weights(tile, chosen) if row_weights else None
-        for selector, found in zip(selectors.values(), count_sizes(chosen, padded, weights), strict=True):
+
+        def work(there: Sequence[Operand]) -> torch.Tensor:
+            return count_sizes(there, padded, row_weights(tile, there) if row_weights else None)
+
+        for selector, found in zip(selectors.values(), computed(chosen, tile.context, work), strict=True):
             selector.add(found)
 
     for round_ in range(ROUNDS):

@@ -118,7 +118,7 @@ class TaskVectorKernel(MethodKernel):
         if self._normalize == "norms":
             from surgery.codecs.merges import task_sums
 
-            sums = whole.sum(lambda tile: totals(task_sums(tile.operands(1 + models))))
+            sums = whole.sum(lambda tile: totals(tile.computed(1 + models, task_sums)))
             norms = [sqrt(each) for each in sums[1 : 1 + models]] or [0.0] * models
             mean = sum(norms) / len(norms)
             self._factors = [mean / norm if norm else 1.0 for norm in norms]
@@ -144,7 +144,7 @@ class TaskVectorKernel(MethodKernel):
 
         thins = self._native_thins(tile)
         if thins is not None:
-            return totals(task_sizes(tile.operands(len(self.labels)), thins))
+            return totals(tile.computed(len(self.labels), lambda at: task_sizes(at, thins), natively=True))
         values = tile.values()
         deltas = self._deltas(values)
         thinned = [self._thinned(i, delta, values) for i, delta in enumerate(deltas)]
@@ -160,7 +160,9 @@ class TaskVectorKernel(MethodKernel):
             return None
         thins = [replace(thin, factor=factor) for thin, factor in zip(thins, self._factors, strict=True)]
         how = Sum(self._weights, self._consensus, self._normalize == "weights", self._scale)
-        return merge_tasks(tile.operands(len(self.labels)), thins, how, dtype, ue8m0=ue8m0)
+        return tile.computed(
+            len(self.labels), lambda at: merge_tasks(at, thins, how, dtype, ue8m0=ue8m0), natively=True
+        )
 
     def _native_thins(self, tile: Tile) -> list[Thin] | None:
         """What the kernels need to thin a tile; None where they, or one thinning, cannot."""

@@ -1,0 +1,161 @@
+// Counts of differences by their bits on CUDA, for the selection of a k-th magnitude; see counting of the CPU.
+//
+// The upper 16 bits are counted in shared memory where numbers lie between 2^-87 and 2^41, which is 16384 counters, and
+// zeros in registers; all others, and the lower 16 bits of the few numbers that share a wanted digit, in global memory.
+// Numbers of a warp that fall together there are added at once. Thread blocks take 128 x 128 blocks in turn, fewer than
+// 2^32 numbers each.
+#include "parents.cuh"
+#include "../cpu/merge.h"
+#include "tile.cuh"
+
+namespace surgery {
+
+namespace {
+
+constexpr int COUNT = 8, FIRST_BIN = 40 * 128, BINS = 128 * 128, MOST_DIGITS = 8;
+using Runs = Place<COUNT>;
+using Counts = unsigned long long;
+
+struct Counter {
+    Parents parents;  // the base and one model
+    const float* row_weights;
+    Counts* counts;
+    int64_t rows, cols, across, blocks;
+    int32_t digits[MOST_DIGITS];
+    int32_t digit_count;
+    bool aligned;
+};
+
+// Adds 1 for every lane that calls it; those of one address together.
+__device__ __forceinline__ void add_together(Counts* place) {
+    const unsigned peers = __match_any_sync(__activemask(), (Counts)place);
+    if (threadIdx.x % 32 == __ffs(peers) - 1) atomicAdd(place, (Counts)__popc(peers));
+}
+
+// Calls visit(bits) for each number of the thread's.
+template <int KIND, typename Visit>
+__device__ __forceinline__ void for_numbers(const Counter& job, Visit visit) {
+    for (int64_t block = blockIdx.x; block < job.blocks; block += gridDim.x) {
+        const Runs place(block, job.rows, job.cols, job.across, job.aligned);
+        const float scale[2] = {job.parents.scale(0, block), job.parents.scale(1, block)};
+        Held<KIND, COUNT> raw[Runs::RUNS][2];
+#pragma unroll
+        for (int r = 0; r < Runs::RUNS; ++r) {
+#pragma unroll
+            for (int p = 0; p < 2; ++p) raw[r][p].load(job.parents, p, place.run(r), place.values(r), job.aligned);
+        }
+#pragma unroll
+        for (int r = 0; r < Runs::RUNS; ++r) {
+            const int count = place.values(r);
+            if (!count) continue;
+            const float weight = job.row_weights ? job.row_weights[place.row + r * Runs::STRIDE] : 1.0f;
+            float base[COUNT], model[COUNT];
+            raw[r][0].values(job.parents, 0, scale[0], base);
+            raw[r][1].values(job.parents, 1, scale[1], model);
+#pragma unroll
+            for (int c = 0; c < COUNT; ++c)
+                if (c < count) visit(bits_of(__fmul_rn(__fsub_rn(model[c], base[c]), weight)) & 0x7FFFFFFFu);
+        }
+    }
+}
+
+template <int KIND>
+__global__ void __launch_bounds__(TILE_THREADS) upper_kernel(const __grid_constant__ Counter job) {
+    extern __shared__ uint32_t bins[];
+    for (int b = threadIdx.x; b < BINS; b += TILE_THREADS) bins[b] = 0;
+    __syncthreads();
+    uint32_t zeros = 0;
+    for_numbers<KIND>(job, [&](uint32_t bits) {
+        const uint32_t bin = (bits >> 16) - FIRST_BIN;
+        if (!bits) ++zeros;
+        else if (bin < BINS) atomicAdd(bins + bin, 1u);
+        else add_together(job.counts + (bits >> 16));
+    });
+    zeros = __reduce_add_sync(~0u, zeros);
+    if (zeros && threadIdx.x % 32 == 0) atomicAdd(job.counts, (Counts)zeros);
+    __syncthreads();
+    for (int b = threadIdx.x; b < BINS; b += TILE_THREADS)
+        if (bins[b]) atomicAdd(job.counts + FIRST_BIN + b, (Counts)bins[b]);
+}
+
+template <int KIND>
+__global__ void __launch_bounds__(TILE_THREADS) lower_kernel(const __grid_constant__ Counter job) {
+    uint32_t zeros = 0;
+    for_numbers<KIND>(job, [&](uint32_t bits) {
+        if (!bits) {
+            ++zeros;
+            return;
+        }
+        for (int d = 0; d < job.digit_count; ++d)
+            if (bits >> 16 == job.digits[d]) add_together(job.counts + d * (int64_t)65536 + (bits & 0xFFFF));
+    });
+    zeros = __reduce_add_sync(~0u, zeros);
+    if (!zeros || threadIdx.x % 32) return;
+    for (int d = 0; d < job.digit_count; ++d)
+        if (job.digits[d] == 0) atomicAdd(job.counts + d * (int64_t)65536, (Counts)zeros);
+}
+
+// As many thread blocks as run at once.
+template <typename Kernel>
+cudaError_t launch(Kernel kernel, const Counter& job, int shared, cudaStream_t stream) {
+    int device = 0, processors = 0, resident = 0;
+    cudaError_t status = cudaGetDevice(&device);
+    if (status == cudaSuccess) status = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+    if (status == cudaSuccess && shared)
+        status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+    if (status == cudaSuccess)
+        status = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, TILE_THREADS, shared);
+    if (status != cudaSuccess) return status;
+    const int64_t most = (int64_t)processors * max(resident, 1);
+    kernel<<<(unsigned)min(job.blocks, most), TILE_THREADS, shared, stream>>>(job);
+    return cudaGetLastError();
+}
+
+template <int KIND>
+cudaError_t count(const Counter& job, cudaStream_t stream) {
+    if (job.digit_count) return launch(lower_kernel<KIND>, job, 0, stream);
+    return launch(upper_kernel<KIND>, job, BINS * (int)sizeof(uint32_t), stream);
+}
+
+}  // namespace
+
+}  // namespace surgery
+
+using namespace surgery;
+
+// `digits` lie in the host's memory, `counts` and `row_weights` on the device.
+extern "C" int32_t surgery_cuda_counting(const Counting* job, cudaStream_t stream) {
+    const Combine& at = job->at;
+    if (at.count > MOST_PARENTS) return cudaErrorInvalidConfiguration;
+    bool aligned;
+    const Parents all = parents_of(at, COUNT, &aligned);
+    for (int32_t i = 1; i < at.count; ++i) {
+        Counter one = {};
+        for (int32_t p = 0; p < 2; ++p) {
+            one.parents.values[p] = all.values[p * i];
+            one.parents.scales[p] = all.scales[p * i];
+            one.parents.kinds[p] = all.kinds[p * i];
+        }
+        one.row_weights = job->row_weights;
+        one.rows = at.rows;
+        one.cols = at.cols;
+        one.across = (at.cols + BLOCK - 1) / BLOCK;
+        one.blocks = (at.rows + BLOCK - 1) / BLOCK * one.across;
+        one.aligned = aligned;
+        int32_t first = 0;
+        do {
+            const int64_t row = job->digit_count ? ((int64_t)(i - 1) * job->digit_count + first) * 65536 : (i - 1) * 32768;
+            one.counts = (Counts*)job->counts + row;
+            one.digit_count = min(job->digit_count - first, MOST_DIGITS);
+            for (int32_t d = 0; d < one.digit_count; ++d)
+                one.digits[d] = job->digits[(i - 1) * job->digit_count + first + d];
+            const bool same = at.kinds[0] == at.kinds[i];
+            const cudaError_t status = same && at.kinds[i] == BF16        ? count<BF16>(one, stream)
+                                       : same && at.kinds[i] == FP8_BLOCK ? count<FP8_BLOCK>(one, stream)
+                                                                          : count<ANY>(one, stream);
+            if (status != cudaSuccess) return status;
+            first += MOST_DIGITS;
+        } while (first < job->digit_count);
+    }
+    return cudaSuccess;
+}

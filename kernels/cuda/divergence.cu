@@ -1,0 +1,133 @@
+// Divergences of rows on CUDA; see divergence of the CPU, whose order of sums this is.
+//
+// A thread block has a row, a thread its columns c, c + 128, .... The row is read three times, from the caches after the
+// first, for its largest numbers, the sums of powers and the divergence: powers are cheaper to make twice than to keep.
+#include "../core/merge.h"
+#include "../cpu/merge.h"
+#include "parents.cuh"
+
+namespace surgery {
+
+namespace {
+
+constexpr int THREADS = BLOCK, WARPS = THREADS / 32, TOGETHER = 4;
+
+struct Rows {
+    Parents parents;
+    float* out;
+    int64_t cols, across;
+};
+
+// TOGETHER columns of one parent, 128 apart; what lies beyond the row is `beyond`.
+template <int KIND>
+__device__ __forceinline__ void load_columns(const Rows& job, int p, int64_t group, float beyond, float* to) {
+    const int kind = KIND == ANY ? job.parents.kinds[p] : KIND;
+    const int64_t row = blockIdx.x;
+#pragma unroll
+    for (int k = 0; k < TOGETHER; ++k) {
+        const int64_t col = (group + k) * BLOCK + threadIdx.x, at = row * job.cols + col;
+        to[k] = beyond;
+        if (col >= job.cols) continue;
+        if (kind == FP8_BLOCK) {
+            const float scale = job.parents.scales[p][row / BLOCK * job.across + group + k];
+            to[k] = __fmul_rn(e4m3_to_float(__ldg((const uint8_t*)job.parents.values[p] + at)), scale);
+        } else if (kind == BF16) {
+            to[k] = bf16_to_float(__ldg((const uint16_t*)job.parents.values[p] + at));
+        } else {
+            to[k] = __ldg((const float*)job.parents.values[p] + at);
+        }
+    }
+}
+
+// The sum of 128 lanes, halves onto halves, for every thread.
+__device__ __forceinline__ double folded(double own, double* lanes) {
+    lanes[threadIdx.x] = own;
+    __syncthreads();
+    double sum = 0.0;
+    if (threadIdx.x < 32) {
+        sum = (lanes[threadIdx.x] + lanes[threadIdx.x + 64]) + (lanes[threadIdx.x + 32] + lanes[threadIdx.x + 96]);
+#pragma unroll
+        for (int half = 16; half; half /= 2) sum += __shfl_xor_sync(~0u, sum, half);
+    }
+    __syncthreads();
+    if (threadIdx.x == 0) lanes[0] = sum;
+    __syncthreads();
+    sum = lanes[0];
+    __syncthreads();
+    return sum;
+}
+
+template <int KIND>
+__global__ void __launch_bounds__(THREADS) divergence_kernel(const __grid_constant__ Rows job) {
+    __shared__ double lanes[THREADS];
+    __shared__ float found[2][WARPS];
+    float most[2] = {-INFINITY, -INFINITY};
+    for (int64_t group = 0; group < job.across; group += TOGETHER) {
+#pragma unroll
+        for (int p = 0; p < 2; ++p) {
+            float v[TOGETHER];
+            load_columns<KIND>(job, p, group, -INFINITY, v);
+#pragma unroll
+            for (int k = 0; k < TOGETHER; ++k) most[p] = fmaxf(most[p], v[k]);
+        }
+    }
+#pragma unroll
+    for (int p = 0; p < 2; ++p) {
+#pragma unroll
+        for (int half = 16; half; half /= 2) most[p] = fmaxf(most[p], __shfl_xor_sync(~0u, most[p], half));
+        if (threadIdx.x % 32 == 0) found[p][threadIdx.x / 32] = most[p];
+    }
+    __syncthreads();
+#pragma unroll
+    for (int p = 0; p < 2; ++p) {
+#pragma unroll
+        for (int w = 0; w < WARPS; ++w) most[p] = fmaxf(most[p], found[p][w]);
+    }
+    const double largest[2] = {most[0], most[1]};
+    double sum[2] = {0.0, 0.0};
+    for (int64_t group = 0; group < job.across; group += TOGETHER) {
+#pragma unroll
+        for (int p = 0; p < 2; ++p) {
+            float v[TOGETHER];
+            load_columns<KIND>(job, p, group, 0.0f, v);
+#pragma unroll
+            for (int k = 0; k < TOGETHER; ++k)
+                if ((group + k) * BLOCK + threadIdx.x < job.cols) sum[p] += exp_of_negative((double)v[k] - largest[p]);
+        }
+    }
+    const double by_base = 1.0 / folded(sum[0], lanes), by_model = 1.0 / folded(sum[1], lanes);
+    double total = 0.0;
+    for (int64_t group = 0; group < job.across; group += TOGETHER) {
+        float base[TOGETHER], model[TOGETHER];
+        load_columns<KIND>(job, 0, group, 0.0f, base);
+        load_columns<KIND>(job, 1, group, 0.0f, model);
+#pragma unroll
+        for (int k = 0; k < TOGETHER; ++k) {
+            if ((group + k) * BLOCK + threadIdx.x >= job.cols) continue;
+            const double p = exp_of_negative((double)model[k] - largest[1]) * by_model + 1e-8;
+            const double q = exp_of_negative((double)base[k] - largest[0]) * by_base + 1e-8;
+            const double gap = p - q, both = p + q;
+            total += p * (near_one(gap, both) ? log_series(gap / both) : log_of_positive(p / q));
+        }
+    }
+    total = folded(total, lanes);
+    if (threadIdx.x == 0) job.out[blockIdx.x] = (float)(total > 0.0 ? total : 0.0);
+}
+
+}  // namespace
+
+}  // namespace surgery
+
+using namespace surgery;
+
+extern "C" int32_t surgery_cuda_divergence(const Divergence* job, cudaStream_t stream) {
+    if (job->at.rows > 0x7FFFFFFF) return cudaErrorInvalidConfiguration;
+    bool aligned;
+    const Rows rows = {parents_of(job->at, 1, &aligned), job->out, job->at.cols, (job->at.cols + BLOCK - 1) / BLOCK};
+    const unsigned grid = (unsigned)job->at.rows;
+    const int32_t kind = kind_of(job->at);
+    if (kind == FP8_BLOCK) divergence_kernel<FP8_BLOCK><<<grid, THREADS, 0, stream>>>(rows);
+    else if (kind == BF16) divergence_kernel<BF16><<<grid, THREADS, 0, stream>>>(rows);
+    else divergence_kernel<ANY><<<grid, THREADS, 0, stream>>>(rows);
+    return cudaGetLastError();
+}

@@ -1,0 +1,48 @@
+// What stays of a difference from the base; see thinning.h of the CPU.
+#pragma once
+#include "../core/merge.h"
+#include "../cpu/merge.h"
+#include "parents.cuh"
+
+namespace surgery {
+
+// A Thin of merge.h; DRAWN: `stays` has a bit for each entry of the matrix.
+struct Kept {
+    int32_t kind, divide;
+    float low, high, density, factor;
+    const uint32_t* stays;
+
+    // Bits of `count` entries from `at` on, 1 to 32.
+    __device__ __forceinline__ uint32_t bits(int64_t at, int count) const {
+        if (kind != DRAWN || count < 1) return 0;
+        const int shift = (int)(at & 31);
+        uint32_t found = stays[at >> 5] >> shift;
+        if (shift + count > 32) found |= stays[(at >> 5) + 1] << (32 - shift);
+        return found;
+    }
+
+    __device__ __forceinline__ float of(float delta, bool stay) const {
+        if (kind == NOTHING) delta = __fmul_rn(delta, 0.0f);
+        if (kind == BETWEEN) {
+            const float size = fabsf(delta);
+            delta = __fmul_rn(delta, (size >= low ? 1.0f : 0.0f) * (size <= high ? 1.0f : 0.0f));
+        }
+        if (kind == DRAWN) {
+            delta = __fmul_rn(delta, stay ? 1.0f : 0.0f);
+            if (divide) delta = __fdiv_rn(delta, density);
+        }
+        return factor != 1.0f ? __fmul_rn(delta, factor) : delta;
+    }
+};
+
+inline Kept kept_of(const Tasks& job, int32_t parent) {
+    const Thin& thin = job.thins[parent];
+    const int64_t words = (job.at.rows * job.at.cols + 31) / 32;
+    const uint32_t* stays = thin.kind == DRAWN ? job.drawn + (parent - 1) * words : nullptr;
+    return {thin.kind, thin.divide, thin.low, thin.high, thin.density, thin.factor, stays};
+}
+
+// Fills the room of every DRAWN thinning.
+cudaError_t draw_bits(const Tasks& job, cudaStream_t stream);
+
+}  // namespace surgery
