@@ -95,7 +95,7 @@ def cases(base: torch.Tensor, second: torch.Tensor) -> list[Case]:
     weights = merges.row_divergence(*pair)
     thin = [Thin(Kept.BETWEEN, threshold, INFINITE)] * 2
     ranks, how = [rank // 2, rank], Sum([0.5, 0.5], elect=True, divide=True, scale=1.0)
-    digits = [[int(merges.count_sizes(pair, None)[0].argmax())] * len(ranks)]
+    mode = int(merges.count_sizes(pair, None)[0].argmax())
     states = torch.randint(-(2**62), 2**62, (-(-len(base) // 128), 4))
     drawn = [Thin(Kept.DRAWN, density=0.5, divide=True, states=states)] * 2
     write = {"dtype": torch.bfloat16, "ue8m0": False}
@@ -117,7 +117,7 @@ def cases(base: torch.Tensor, second: torch.Tensor) -> list[Case]:
 
     return [
         ("counts of differences, upper 16 bits", 4, partial(merges.count_sizes, pair, None)),
-        ("counts of differences, lower 16 bits", 4, partial(merges.count_sizes, pair, digits)),
+        ("counts of differences, lower 16 bits", 4, partial(merges.count_sizes, pair, [[mode, mode + 1]])),
         ("k-th difference of bf16", 8, partial(selected, pair, rank)),
         ("divergence of rows", 4, partial(merges.row_divergence, *pair)),
         ("dot products of two differences", 6, partial(merges.products, operands, offset=True)),

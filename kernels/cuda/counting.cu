@@ -1,9 +1,9 @@
 // Counts of differences by their bits on CUDA, for the selection of a k-th magnitude; see counting of the CPU.
 //
 // The upper 16 bits are counted in shared memory where numbers lie between 2^-87 and 2^41, which is 16384 counters, and
-// zeros in registers; all others, and the lower 16 bits of the few numbers that share a wanted digit, in global memory.
-// Numbers of a warp that fall together there are added at once. Thread blocks take 128 x 128 blocks in turn, fewer than
-// 2^32 numbers each.
+// zeros in registers; all others in global memory, those of a warp that fall together at once. The lower 16 bits of the
+// numbers that share a wanted digit are often few different ones: 4096 of them have a counter in shared memory, those
+// that came first. Thread blocks take 128 x 128 blocks in turn, fewer than 2^32 numbers each.
 #include "parents.cuh"
 #include "../cpu/merge.h"
 #include "tile.cuh"
@@ -35,10 +35,11 @@ __device__ __forceinline__ void add_together(Counts* place) {
 // Calls visit(bits) for each number of the thread's.
 template <int KIND, typename Visit>
 __device__ __forceinline__ void for_numbers(const Counter& job, Visit visit) {
+    using Values = Held<KIND, COUNT>;
     for (int64_t block = blockIdx.x; block < job.blocks; block += gridDim.x) {
         const Runs place(block, job.rows, job.cols, job.across, job.aligned);
-        const float scale[2] = {job.parents.scale(0, block), job.parents.scale(1, block)};
-        Held<KIND, COUNT> raw[Runs::RUNS][2];
+        const float scale[2] = {Values::scale(job.parents, 0, block), Values::scale(job.parents, 1, block)};
+        Values raw[Runs::RUNS][2];
 #pragma unroll
         for (int r = 0; r < Runs::RUNS; ++r) {
 #pragma unroll
@@ -78,8 +79,29 @@ __global__ void __launch_bounds__(TILE_THREADS) upper_kernel(const __grid_consta
         if (bins[b]) atomicAdd(job.counts + FIRST_BIN + b, (Counts)bins[b]);
 }
 
+// Counters of a thread block for some of the numbers, by digit and lower bits.
+struct Cache {
+    static constexpr int SLOTS = 4096;
+    static constexpr uint32_t FREE = ~0u;
+    uint32_t owners[SLOTS], counts[SLOTS];
+
+    __device__ __forceinline__ void add(uint32_t number, Counts* elsewhere) {
+        const uint32_t slot = number * 2654435761u >> 20;
+        uint32_t owner = *(volatile uint32_t*)(owners + slot);
+        if (owner == FREE) {
+            owner = atomicCAS(owners + slot, FREE, number);
+            if (owner == FREE) owner = number;
+        }
+        if (owner == number) atomicAdd(counts + slot, 1u);
+        else atomicAdd(elsewhere + number, (Counts)1);
+    }
+};
+
 template <int KIND>
-__global__ void __launch_bounds__(TILE_THREADS) lower_kernel(const __grid_constant__ Counter job) {
+__global__ void __launch_bounds__(TILE_THREADS, KIND == ANY ? 1 : 2) lower_kernel(const __grid_constant__ Counter job) {
+    __shared__ Cache cache;
+    for (int s = threadIdx.x; s < Cache::SLOTS; s += TILE_THREADS) cache.owners[s] = Cache::FREE, cache.counts[s] = 0;
+    __syncthreads();
     uint32_t zeros = 0;
     for_numbers<KIND>(job, [&](uint32_t bits) {
         if (!bits) {
@@ -87,12 +109,16 @@ __global__ void __launch_bounds__(TILE_THREADS) lower_kernel(const __grid_consta
             return;
         }
         for (int d = 0; d < job.digit_count; ++d)
-            if (bits >> 16 == job.digits[d]) add_together(job.counts + d * (int64_t)65536 + (bits & 0xFFFF));
+            if (bits >> 16 == job.digits[d]) cache.add((uint32_t)d << 16 | (bits & 0xFFFF), job.counts);
     });
     zeros = __reduce_add_sync(~0u, zeros);
-    if (!zeros || threadIdx.x % 32) return;
-    for (int d = 0; d < job.digit_count; ++d)
-        if (job.digits[d] == 0) atomicAdd(job.counts + d * (int64_t)65536, (Counts)zeros);
+    if (zeros && threadIdx.x % 32 == 0) {
+        for (int d = 0; d < job.digit_count; ++d)
+            if (job.digits[d] == 0) atomicAdd(job.counts + d * (int64_t)65536, (Counts)zeros);
+    }
+    __syncthreads();
+    for (int s = threadIdx.x; s < Cache::SLOTS; s += TILE_THREADS)
+        if (cache.counts[s]) atomicAdd(job.counts + cache.owners[s], (Counts)cache.counts[s]);
 }
 
 // As many thread blocks as run at once.

@@ -57,45 +57,28 @@ __device__ __forceinline__ double folded(double own, double* lanes) {
     return sum;
 }
 
-template <int KIND>
-__global__ void __launch_bounds__(THREADS) divergence_kernel(const __grid_constant__ Rows job) {
-    __shared__ double lanes[THREADS];
-    __shared__ float found[2][WARPS];
-    float most[2] = {-INFINITY, -INFINITY};
+// Of both parents: SMALL, where exp_series will do for the whole row.
+template <bool SMALL>
+__device__ __forceinline__ double power(float value, double largest) {
+    const double x = (double)value - largest;
+    return SMALL ? exp_series(x) : exp_of_negative(x);
+}
+
+template <int KIND, bool SMALL>
+__device__ __forceinline__ double sum_of_powers(const Rows& job, int p, double largest) {
+    double sum = 0.0;
     for (int64_t group = 0; group < job.across; group += TOGETHER) {
+        float v[TOGETHER];
+        load_columns<KIND>(job, p, group, 0.0f, v);
 #pragma unroll
-        for (int p = 0; p < 2; ++p) {
-            float v[TOGETHER];
-            load_columns<KIND>(job, p, group, -INFINITY, v);
-#pragma unroll
-            for (int k = 0; k < TOGETHER; ++k) most[p] = fmaxf(most[p], v[k]);
-        }
+        for (int k = 0; k < TOGETHER; ++k)
+            if ((group + k) * BLOCK + threadIdx.x < job.cols) sum += power<SMALL>(v[k], largest);
     }
-#pragma unroll
-    for (int p = 0; p < 2; ++p) {
-#pragma unroll
-        for (int half = 16; half; half /= 2) most[p] = fmaxf(most[p], __shfl_xor_sync(~0u, most[p], half));
-        if (threadIdx.x % 32 == 0) found[p][threadIdx.x / 32] = most[p];
-    }
-    __syncthreads();
-#pragma unroll
-    for (int p = 0; p < 2; ++p) {
-#pragma unroll
-        for (int w = 0; w < WARPS; ++w) most[p] = fmaxf(most[p], found[p][w]);
-    }
-    const double largest[2] = {most[0], most[1]};
-    double sum[2] = {0.0, 0.0};
-    for (int64_t group = 0; group < job.across; group += TOGETHER) {
-#pragma unroll
-        for (int p = 0; p < 2; ++p) {
-            float v[TOGETHER];
-            load_columns<KIND>(job, p, group, 0.0f, v);
-#pragma unroll
-            for (int k = 0; k < TOGETHER; ++k)
-                if ((group + k) * BLOCK + threadIdx.x < job.cols) sum[p] += exp_of_negative((double)v[k] - largest[p]);
-        }
-    }
-    const double by_base = 1.0 / folded(sum[0], lanes), by_model = 1.0 / folded(sum[1], lanes);
+    return sum;
+}
+
+template <int KIND, bool SMALL>
+__device__ __forceinline__ double divergence_of(const Rows& job, const double* largest, double by_base, double by_model) {
     double total = 0.0;
     for (int64_t group = 0; group < job.across; group += TOGETHER) {
         float base[TOGETHER], model[TOGETHER];
@@ -104,13 +87,53 @@ __global__ void __launch_bounds__(THREADS) divergence_kernel(const __grid_consta
 #pragma unroll
         for (int k = 0; k < TOGETHER; ++k) {
             if ((group + k) * BLOCK + threadIdx.x >= job.cols) continue;
-            const double p = exp_of_negative((double)model[k] - largest[1]) * by_model + 1e-8;
-            const double q = exp_of_negative((double)base[k] - largest[0]) * by_base + 1e-8;
+            const double p = power<SMALL>(model[k], largest[1]) * by_model + 1e-8;
+            const double q = power<SMALL>(base[k], largest[0]) * by_base + 1e-8;
             const double gap = p - q, both = p + q;
-            total += p * (near_one(gap, both) ? log_series(gap / both) : log_of_positive(p / q));
+            if (near_one(gap, both)) total += p * log_series(gap / both);
+            else total += p * log_of_positive(p / q);
         }
     }
-    total = folded(total, lanes);
+    return total;
+}
+
+template <int KIND>
+__global__ void __launch_bounds__(THREADS) divergence_kernel(const __grid_constant__ Rows job) {
+    __shared__ double lanes[THREADS];
+    __shared__ float found[4][WARPS];
+    // The largest numbers of both, and the largest of their negatives.
+    float most[4] = {-INFINITY, -INFINITY, -INFINITY, -INFINITY};
+    for (int64_t group = 0; group < job.across; group += TOGETHER) {
+#pragma unroll
+        for (int p = 0; p < 2; ++p) {
+            float v[TOGETHER];
+            load_columns<KIND>(job, p, group, NAN, v);
+#pragma unroll
+            for (int k = 0; k < TOGETHER; ++k) most[p] = fmaxf(most[p], v[k]), most[2 + p] = fmaxf(most[2 + p], -v[k]);
+        }
+    }
+#pragma unroll
+    for (int m = 0; m < 4; ++m) {
+#pragma unroll
+        for (int half = 16; half; half /= 2) most[m] = fmaxf(most[m], __shfl_xor_sync(~0u, most[m], half));
+        if (threadIdx.x % 32 == 0) found[m][threadIdx.x / 32] = most[m];
+    }
+    __syncthreads();
+#pragma unroll
+    for (int m = 0; m < 4; ++m) {
+#pragma unroll
+        for (int w = 0; w < WARPS; ++w) most[m] = fmaxf(most[m], found[m][w]);
+    }
+    const double largest[2] = {most[0], most[1]};
+    const bool small = -(double)most[2] - largest[0] >= SMALL && -(double)most[3] - largest[1] >= SMALL;
+    double sum[2];
+#pragma unroll
+    for (int p = 0; p < 2; ++p)
+        sum[p] = small ? sum_of_powers<KIND, true>(job, p, largest[p]) : sum_of_powers<KIND, false>(job, p, largest[p]);
+    const double by_base = 1.0 / folded(sum[0], lanes), by_model = 1.0 / folded(sum[1], lanes);
+    const double own = small ? divergence_of<KIND, true>(job, largest, by_base, by_model)
+                             : divergence_of<KIND, false>(job, largest, by_base, by_model);
+    const double total = folded(own, lanes);
     if (threadIdx.x == 0) job.out[blockIdx.x] = (float)(total > 0.0 ? total : 0.0);
 }
 

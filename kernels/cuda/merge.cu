@@ -33,12 +33,13 @@ struct Merge {
 template <int KIND>
 __device__ __forceinline__ void term_of(const Merge& job, int p, const Held<KIND, COUNT>& raw, float scale, uint32_t bits,
                                         const float* base, float* term) {
-    const Kept& kept = job.kept[p];
     const float weight = job.parents.weights[p];
     raw.values(job.parents, p, scale, term);
 #pragma unroll
-    for (int c = 0; c < COUNT; ++c)
-        term[c] = __fmul_rn(kept.of(__fsub_rn(term[c], base[c]), bits >> c & 1), weight);
+    for (int c = 0; c < COUNT; ++c) term[c] = __fsub_rn(term[c], base[c]);
+    job.kept[p].thin<COUNT>(term, bits);
+#pragma unroll
+    for (int c = 0; c < COUNT; ++c) term[c] = __fmul_rn(term[c], weight);
 }
 
 // An election: what agrees with the sign of the sum of all, and the weights that took part.
@@ -61,8 +62,10 @@ struct Ballot {
 
     __device__ __forceinline__ void count(bool divide, float* to) const {
 #pragma unroll
-        for (int c = 0; c < COUNT; ++c)
-            to[c] = divide ? __fdiv_rn(total[c], fabsf(divisor[c]) < 1e-8f ? 1.0f : divisor[c]) : total[c];
+        for (int c = 0; c < COUNT; ++c) to[c] = total[c];
+        if (!divide) return;
+#pragma unroll
+        for (int c = 0; c < COUNT; ++c) to[c] = __fdiv_rn(to[c], fabsf(divisor[c]) < 1e-8f ? 1.0f : divisor[c]);
     }
 };
 
@@ -113,26 +116,27 @@ __device__ __forceinline__ void bring_together(const Merge& job, float* total, T
 
 // MODELS: at most so many, MANY, or FUSION.
 template <int MODELS, int KIND, bool CODES>
-__global__ void __launch_bounds__(TILE_THREADS, MODELS == FEW || CODES ? 1 : 2)
+__global__ void __launch_bounds__(TILE_THREADS, CODES || (KIND == ANY && MODELS != FUSION) ? 1 : 2)
     merge_kernel(const __grid_constant__ Merge job) {
+    using Values = Held<KIND, COUNT>;
     constexpr int MOST = MODELS == FUSION ? 1 : MODELS, KEPT = CODES ? Runs::RUNS * COUNT : COUNT;
     const int64_t block = blockIdx.x;
     const Runs place(block, job.rows, job.cols, job.across, job.aligned);
     float results[KEPT];
-#pragma unroll(CODES || MODELS != MANY ? Runs::RUNS : 1)
+#pragma unroll(CODES || MODELS == FUSION ? Runs::RUNS : 1)
     for (int r = 0; r < Runs::RUNS; ++r) {
         float* total = results + (CODES ? r * COUNT : 0);
         const int64_t at = place.run(r);
         const int32_t count = place.values(r);
-        Held<KIND, COUNT> raw[MOST + 1];
+        Values raw[MOST + 1];
 #pragma unroll
         for (int p = 0; p <= MOST; ++p)
             if (p < job.count) raw[p].load(job.parents, p, at, count, job.aligned);
         float base[COUNT];
-        raw[0].values(job.parents, 0, job.parents.scale(0, block), base);
+        raw[0].values(job.parents, 0, Values::scale(job.parents, 0, block), base);
         if (MODELS == FUSION) {
             const float weight = count ? job.row_weights[place.row + r * Runs::STRIDE] : 0.0f;
-            raw[MOST].values(job.parents, 1, job.parents.scale(1, block), total);
+            raw[MOST].values(job.parents, 1, Values::scale(job.parents, 1, block), total);
 #pragma unroll
             for (int c = 0; c < COUNT; ++c) {
                 const float delta = __fsub_rn(total[c], base[c]);
@@ -141,7 +145,7 @@ __global__ void __launch_bounds__(TILE_THREADS, MODELS == FEW || CODES ? 1 : 2)
             }
         } else {
             bring_together<MODELS == FUSION ? 1 : MODELS>(job, total, [&](int p, float* to) {
-                const float scale = job.parents.scale(p, block);
+                const float scale = Values::scale(job.parents, p, block);
                 const uint32_t bits = job.kept[p].bits(at, count);
                 if (MODELS == MANY) raw[0].load(job.parents, p, at, count, job.aligned, job.elect);
                 term_of(job, p, raw[MODELS == MANY ? 0 : p], scale, bits, base, to);

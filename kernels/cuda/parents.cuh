@@ -13,10 +13,6 @@ struct Parents {
     const float* scales[MOST_PARENTS];
     float weights[MOST_PARENTS];
     int32_t kinds[MOST_PARENTS];
-
-    __device__ __forceinline__ float scale(int p, int64_t block) const {
-        return kinds[p] == FP8_BLOCK ? scales[p][block] : 1.0f;
-    }
 };
 
 // `aligned`: whether runs of `run` neighbours lie on 16 bytes, or on as many as they take.
@@ -44,6 +40,12 @@ template <int KIND, int COUNT>
 struct Held {
     static constexpr int WORDS = KIND == ANY ? COUNT : Raw<KIND == ANY ? F32 : KIND, COUNT>::WORDS;
     uint32_t words[WORDS];
+
+    // Of parent p in a block; 1 where its kind has none.
+    __device__ __forceinline__ static float scale(const Parents& parents, int p, int64_t block) {
+        const int kind = KIND == ANY ? parents.kinds[p] : KIND;
+        return kind == FP8_BLOCK ? parents.scales[p][block] : 1.0f;
+    }
 
     __device__ __forceinline__ void load(const Parents& parents, int p, int64_t at, int64_t count, bool aligned,
                                          bool again = false) {

@@ -58,7 +58,7 @@ __global__ void __launch_bounds__(WARPS * 32) dots_kernel(const __grid_constant_
     double sum[VECTORS * (VECTORS + 1) / 2][FOUR] = {};
     float scale[VECTORS + 1];
 #pragma unroll
-    for (int p = 0; p <= VECTORS; ++p) scale[p] = job.parents.scale(p, strip.block);
+    for (int p = 0; p <= VECTORS; ++p) scale[p] = Held<KIND, FOUR>::scale(job.parents, p, strip.block);
 #pragma unroll 1
     for (int first = 0; first < strip.height; first += ROWS) {
         Held<KIND, FOUR> raw[ROWS][VECTORS + 1];
@@ -165,7 +165,9 @@ __global__ void __launch_bounds__(WARPS * 32) sizes_kernel(const __grid_constant
     const Strip strip(job.rows, job.cols, job.across);
     if (strip.block >= job.blocks) return;
     double whole[FOUR] = {}, rest[FOUR] = {};
-    const float scale[2] = {job.parents.scale(0, strip.block), job.parents.scale(1, strip.block)};
+    float scale[2];
+#pragma unroll
+    for (int p = 0; p < 2; ++p) scale[p] = Held<KIND, FOUR>::scale(job.parents, p, strip.block);
 #pragma unroll 1
     for (int first = 0; first < strip.height; first += ROWS) {
         Held<KIND, FOUR> raw[ROWS][2];
@@ -186,11 +188,13 @@ __global__ void __launch_bounds__(WARPS * 32) sizes_kernel(const __grid_constant
             raw[r][1].values(job.parents, 1, scale[1], model);
 #pragma unroll
             for (int c = 0; c < FOUR; ++c) {
-                if (c >= strip.count) continue;
-                const float gap = __fsub_rn(model[c], base[c]);
-                whole[c] = __dadd_rn(whole[c], (double)fabsf(gap));
-                rest[c] = __dadd_rn(rest[c], (double)fabsf(job.kept.of(gap, bits[r] >> c & 1)));
+                model[c] = __fsub_rn(model[c], base[c]);
+                if (c < strip.count) whole[c] = __dadd_rn(whole[c], (double)fabsf(model[c]));
             }
+            job.kept.thin<FOUR>(model, bits[r]);
+#pragma unroll
+            for (int c = 0; c < FOUR; ++c)
+                if (c < strip.count) rest[c] = __dadd_rn(rest[c], (double)fabsf(model[c]));
         }
     }
     const double all = folded(whole), stays = folded(rest);

@@ -21,17 +21,28 @@ struct Kept {
         return found;
     }
 
-    __device__ __forceinline__ float of(float delta, bool stay) const {
-        if (kind == NOTHING) delta = __fmul_rn(delta, 0.0f);
-        if (kind == BETWEEN) {
-            const float size = fabsf(delta);
-            delta = __fmul_rn(delta, (size >= low ? 1.0f : 0.0f) * (size <= high ? 1.0f : 0.0f));
+    template <int COUNT>
+    __device__ __forceinline__ void thin(float* delta, uint32_t stays) const {
+        if (kind == NOTHING) {
+#pragma unroll
+            for (int c = 0; c < COUNT; ++c) delta[c] = __fmul_rn(delta[c], 0.0f);
+        } else if (kind == BETWEEN) {
+#pragma unroll
+            for (int c = 0; c < COUNT; ++c) {
+                const float size = fabsf(delta[c]);
+                delta[c] = __fmul_rn(delta[c], size >= low && size <= high ? 1.0f : 0.0f);
+            }
+        } else if (kind == DRAWN) {
+#pragma unroll
+            for (int c = 0; c < COUNT; ++c) delta[c] = __fmul_rn(delta[c], stays >> c & 1 ? 1.0f : 0.0f);
+            if (divide) {
+#pragma unroll
+                for (int c = 0; c < COUNT; ++c) delta[c] = __fdiv_rn(delta[c], density);
+            }
         }
-        if (kind == DRAWN) {
-            delta = __fmul_rn(delta, stay ? 1.0f : 0.0f);
-            if (divide) delta = __fdiv_rn(delta, density);
-        }
-        return factor != 1.0f ? __fmul_rn(delta, factor) : delta;
+        if (factor == 1.0f) return;
+#pragma unroll
+        for (int c = 0; c < COUNT; ++c) delta[c] = __fmul_rn(delta[c], factor);
     }
 };
 

@@ -17,7 +17,10 @@ from surgery.errors import SurgeryError
 from surgery.resources import kernel_folder
 
 pytestmark = pytest.mark.slow
-FREE = ("awq", "decode", "encode", "fp8_encode", "fp8_sums", "magnitude", "nibbles", "packed", "sweep")
+FREE = (
+    "awq", "blocks", "counting", "decode", "divergence", "draw", "encode", "fp8_encode", "fp8_sums",
+    "magnitude", "merge", "nibbles", "packed", "statistics", "sweep",
+)  # fmt: skip
 """Sources whose kernels are said to spill nothing at sm_90a (kernels/README.md)."""
 WIDE = {
     "awq": ("LDG.E.EF.128", "STG.E.EF.128"),
@@ -31,7 +34,8 @@ WIDE = {
     "packed": ("STG.E.EF.128",),
     "sweep": ("LDG.E.128", "STG.E.128"),
 }
-"""Accesses to global memory that every kernel of a source makes at sm_90a, where its rows are aligned."""
+"""Accesses to global memory that every kernel of a source makes at sm_90a, where its rows are aligned. Passes of
+merge methods are not among them: eight neighbours in FP8 are eight bytes, and a sum down columns takes four."""
 
 
 @pytest.fixture(scope="module")
@@ -99,13 +103,6 @@ def test_nothing_spills(compiled: Callable[[str, str], tuple[Path, str]], source
     found = spills(compiled(source, target)[1])
     assert found, "no kernel"
     assert not {name: count for name, count in found.items() if count}
-
-
-def test_sums_with_squares_do_not_spill(compiled: Callable[[str, str], tuple[Path, str]]) -> None:
-    found = spills(compiled("blocks", "90a")[1])
-    with_squares = {name: count for name, count in found.items() if "Lb1E" in name}
-    assert len(with_squares) == len(found) / 2
-    assert not any(with_squares.values()), with_squares
 
 
 @pytest.mark.parametrize("source", WIDE)
