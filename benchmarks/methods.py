@@ -1,6 +1,6 @@
 """Merge methods against mergekit in the same run: time and peak memory of each program, medians.
 
-    python benchmarks/methods.py --mergekit MERGEKIT-YAML [--gb 2.94] [--repeat 3] [--work FOLDER] [CASE …]
+    python benchmarks/methods.py [--mergekit MERGEKIT-YAML] [--cuda] [--gb 2.94] [--repeat 3] [--work FOLDER] [CASE …]
 
 A base and two bf16 Llama-shaped models of random weights; both programs read one mergekit YAML, in turn. Warm
 cache. Processor seconds (user and system) stand beside wall seconds: on a machine that is not idle they are
@@ -107,9 +107,12 @@ def medians(runs: Sequence[Run]) -> Run:
 
 
 def row(name: str, runs: Mapping[str, Sequence[Run]]) -> str:
-    """A line of the table; `runs` are ours, cp's and perhaps mergekit's."""
+    """A line of the table; `runs` are ours, cp's and perhaps ours on a GPU and mergekit's."""
     ours, copy = medians(runs["ours"]), medians(runs["cp"])
     cells = [f"{ours.wall:.1f}", f"{ours.cpu:.1f}", f"{ours.rss / 1e6:.0f}", f"{ours.wall / copy.wall:.1f}"]
+    if "cuda" in runs:
+        there = medians(runs["cuda"])
+        cells += [f"{there.wall:.1f}", f"{there.cpu:.1f}"]
     if "mergekit" in runs:
         theirs = medians(runs["mergekit"])
         cells += [f"{theirs.wall:.1f}", f"{theirs.cpu:.1f}", f"{theirs.rss / 1e6:.0f}"]
@@ -123,6 +126,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--mergekit", help="the program mergekit-yaml; without it ours alone is timed")
+    parser.add_argument("--cuda", action="store_true", help="time ours with --device cuda as well")
     parser.add_argument("--gb", type=float, default=2.94)
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--work", type=Path, help="a folder with room for the base, two models and an output")
@@ -137,6 +141,8 @@ def main() -> None:
         model, copy = work / "a" / "model.safetensors", work / "copy"
         print(f"output {model.stat().st_size / 1e9:.2f} GB, {arguments.repeat} turns, load {os.getloadavg()}")
         columns = ["method", "s", "CPU s", "MB", "x cp"]
+        if arguments.cuda:
+            columns += ["cuda s", "CPU s"]
         if arguments.mergekit:
             columns += ["mergekit s", "CPU s", "MB", "time", "CPU", "memory"]
         print("| " + " | ".join(columns) + " |\n" + "|---" * len(columns) + "|", flush=True)
@@ -149,6 +155,8 @@ def main() -> None:
                 "cp": (["cp", str(model), str(copy)], copy),
                 "ours": ([sys.executable, "-m", "surgery", "run", str(path), "-o", str(out), "-q"], out),
             }
+            if arguments.cuda:
+                commands["cuda"] = ([*commands["ours"][0], "--device", "cuda"], out)
             if arguments.mergekit:
                 commands["mergekit"] = ([arguments.mergekit, str(path), str(out)], out)
             runs: dict[str, list[Run]] = {program: [] for program in commands}

@@ -94,7 +94,7 @@ def cases(base: torch.Tensor, second: torch.Tensor) -> list[Case]:
     del gaps
     weights = merges.row_divergence(*pair)
     thin = [Thin(Kept.BETWEEN, threshold, INFINITE)] * 2
-    ranks, how = [rank // 2, rank], Sum([0.5, 0.5], elect=True, divide=True, scale=1.0)
+    how = Sum([0.5, 0.5], elect=True, divide=True, scale=1.0)
     mode = int(merges.count_sizes(pair, None)[0].argmax())
     states = torch.randint(-(2**62), 2**62, (-(-len(base) // 128), 4))
     drawn = [Thin(Kept.DRAWN, density=0.5, divide=True, states=states)] * 2

@@ -34,8 +34,8 @@ WIDE = {
     "packed": ("STG.E.EF.128",),
     "sweep": ("LDG.E.128", "STG.E.128"),
 }
-"""Accesses to global memory that every kernel of a source makes at sm_90a, where its rows are aligned. Passes of
-merge methods are not among them: eight neighbours in FP8 are eight bytes, and a sum down columns takes four."""
+"""Accesses to global memory that every kernel of a source makes at sm_90a, where its rows are aligned. Passes
+of merge methods are not here: eight neighbours in FP8 are eight bytes, and sums go down four columns."""
 
 
 @pytest.fixture(scope="module")

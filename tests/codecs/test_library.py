@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from kernel_sets import kernels
 
-from surgery.codecs import bitstream, encode_ops, library, ops, packed_ops
+from surgery.codecs import bitstream, encode_ops, library, magnitude, merges, ops, packed_ops
 from surgery.codecs.column_sweep import BlockGrid
+from surgery.codecs.ops import Operand
 from surgery.codecs.schemes import IntScheme
 
 CHECKS = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
@@ -81,6 +83,59 @@ def test_nf4(dtype: torch.dtype) -> None:
     values = torch.randn(101).to(dtype)
     check(library.encode_nf4, (values, 32))
     same(library.encode_nf4(values, 32), encode_ops.encode_nf4(values, 32))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.bfloat16])
+@pytest.mark.parametrize("squares", [True, False])
+def test_weighted_sums(dtype: torch.dtype, squares: bool) -> None:
+    fp8 = Operand(*ops.encode_fp8_block(torch.randn(130, 70)))
+    wide = Operand(torch.randn(130, 70))
+    arguments = ([fp8.values, wide.values], [fp8.scales, None], [0.3, 0.7], dtype)
+    check(library.assemble, arguments, {"squares": squares})
+    values, scales, sums = library.assemble(*arguments, squares=squares)
+    want, wanted = ops.assemble([fp8, wide], [0.3, 0.7], dtype, squares=squares, ue8m0=False)
+    same([values], [want.values])
+    assert (scales.numel() == 0) == (want.scales is None) and (sums.numel() == 0) == (wanted is None)
+    if want.scales is not None:
+        same([scales], [want.scales])
+    if wanted is not None:
+        same([sums], [wanted])
+
+
+@DTYPES
+def test_magnitudes_and_divergences(dtype: torch.dtype) -> None:
+    base, model = (torch.randn(5, 300).to(dtype) for _ in range(2))
+    check(library.largest_magnitude, (base,))
+    same([library.largest_magnitude(base)], [magnitude.largest_magnitude(base)])
+    check(library.row_divergence, (base, None, model, None))
+    want = merges.row_divergence(Operand(base), Operand(model))
+    same([library.row_divergence(base, None, model, None)], [want])
+
+
+@pytest.mark.parametrize("digits", [[], [5, 6, 7, 5]])
+@pytest.mark.parametrize("weighted", [True, False])
+def test_counts(digits: list[int], weighted: bool) -> None:
+    parents = [torch.randn(5, 30) for _ in range(3)]
+    weights = torch.rand(5) if weighted else None
+    digits = [each + 0x3F80 - 5 for each in digits]
+    check(library.count_sizes, (parents, [None] * 3, digits, weights))
+    want = merges.count_sizes(
+        [Operand(each) for each in parents], [digits[:2], digits[2:]] if digits else None, weights
+    )
+    same([library.count_sizes(parents, [None] * 3, digits, weights)], [want])
+
+
+@kernels
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+def test_fusions(dtype: torch.dtype) -> None:
+    parents = [torch.randn(130, 70) for _ in range(2)]
+    arguments = (parents, [None] * 2, torch.rand(130), 0.4, dtype)
+    check(library.merge_fusion, arguments)
+    values, scales, sums = library.merge_fusion(*arguments)
+    want, wanted = merges.merge_fusion(*map(Operand, parents), *arguments[2:], ue8m0=False)
+    same([values, sums], [want.values, wanted])
+    if want.scales is not None:
+        same([scales], [want.scales])
 
 
 @pytest.mark.parametrize("pattern", [None, (2, 4)])

@@ -1,4 +1,4 @@
-"""The merge kernels on CUDA against those of the CPU, bit for bit: stored forms, ragged edges, many models."""
+"""The merge kernels on CUDA against the CPU's, bit for bit: stored forms, ragged edges, many models."""
 
 from __future__ import annotations
 
