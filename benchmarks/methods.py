@@ -1,6 +1,7 @@
 """Merge methods against mergekit in the same run: time and peak memory of each program, medians.
 
-    python benchmarks/methods.py [--mergekit MERGEKIT-YAML] [--cuda] [--gb 2.94] [--repeat 3] [--work FOLDER] [CASE …]
+    python benchmarks/methods.py [--mergekit MERGEKIT-YAML] [--cuda] [--gb 2.94] [--repeat 3]
+        [--work FOLDER] [CASE …]
 
 A base and two bf16 Llama-shaped models of random weights; both programs read one mergekit YAML, in turn. Warm
 cache. Processor seconds (user and system) stand beside wall seconds: on a machine that is not idle they are
