@@ -14,6 +14,7 @@ namespace {
 
 constexpr int COUNT = 8, FIRST_BIN = 40 * 128, BINS = 128 * 128, MOST_DIGITS = 8;
 using Runs = Place<COUNT>;
+constexpr uint32_t NONE = ~0u;
 using Counts = unsigned long long;
 
 struct Counter {
@@ -32,9 +33,9 @@ __device__ __forceinline__ void add_together(Counts* place) {
     if (threadIdx.x % 32 == __ffs(peers) - 1) atomicAdd(place, (Counts)__popc(peers));
 }
 
-// Calls visit(bits) for each number of the thread's.
+// Calls visit(bits) for each run of the thread's; what is no number of the matrix has the bits NONE.
 template <int KIND, typename Visit>
-__device__ __forceinline__ void for_numbers(const Counter& job, Visit visit) {
+__device__ __forceinline__ void for_runs(const Counter& job, Visit visit) {
     using Values = Held<KIND, COUNT>;
     for (int64_t block = blockIdx.x; block < job.blocks; block += gridDim.x) {
         const Runs place(block, job.rows, job.cols, job.across, job.aligned);
@@ -53,9 +54,13 @@ __device__ __forceinline__ void for_numbers(const Counter& job, Visit visit) {
             float base[COUNT], model[COUNT];
             raw[r][0].values(job.parents, 0, scale[0], base);
             raw[r][1].values(job.parents, 1, scale[1], model);
+            uint32_t bits[COUNT];
 #pragma unroll
-            for (int c = 0; c < COUNT; ++c)
-                if (c < count) visit(bits_of(__fmul_rn(__fsub_rn(model[c], base[c]), weight)) & 0x7FFFFFFFu);
+            for (int c = 0; c < COUNT; ++c) {
+                bits[c] = bits_of(__fmul_rn(__fsub_rn(model[c], base[c]), weight)) & 0x7FFFFFFFu;
+                if (c >= count) bits[c] = NONE;
+            }
+            visit(bits);
         }
     }
 }
@@ -66,11 +71,14 @@ __global__ void __launch_bounds__(TILE_THREADS) upper_kernel(const __grid_consta
     for (int b = threadIdx.x; b < BINS; b += TILE_THREADS) bins[b] = 0;
     __syncthreads();
     uint32_t zeros = 0;
-    for_numbers<KIND>(job, [&](uint32_t bits) {
-        const uint32_t bin = (bits >> 16) - FIRST_BIN;
-        if (!bits) ++zeros;
-        else if (bin < BINS) atomicAdd(bins + bin, 1u);
-        else add_together(job.counts + (bits >> 16));
+    for_runs<KIND>(job, [&](const uint32_t* bits) {
+#pragma unroll
+        for (int c = 0; c < COUNT; ++c) {
+            const uint32_t bin = (bits[c] >> 16) - FIRST_BIN;
+            if (!bits[c]) ++zeros;
+            else if (bin < BINS) atomicAdd(bins + bin, 1u);
+            else if (bits[c] != NONE) add_together(job.counts + (bits[c] >> 16));
+        }
     });
     zeros = __reduce_add_sync(~0u, zeros);
     if (zeros && threadIdx.x % 32 == 0) atomicAdd(job.counts, (Counts)zeros);
@@ -103,13 +111,23 @@ __global__ void __launch_bounds__(TILE_THREADS, KIND == ANY ? 1 : 2) lower_kerne
     for (int s = threadIdx.x; s < Cache::SLOTS; s += TILE_THREADS) cache.owners[s] = Cache::FREE, cache.counts[s] = 0;
     __syncthreads();
     uint32_t zeros = 0;
-    for_numbers<KIND>(job, [&](uint32_t bits) {
-        if (!bits) {
-            ++zeros;
-            return;
+    for_runs<KIND>(job, [&](const uint32_t* bits) {
+        uint32_t wanted = 0;
+#pragma unroll
+        for (int c = 0; c < COUNT; ++c) zeros += !bits[c];
+        for (int d = 0; d < job.digit_count; ++d) {
+#pragma unroll
+            for (int c = 0; c < COUNT; ++c) wanted |= (uint32_t)(bits[c] >> 16 == job.digits[d]) << c;
         }
-        for (int d = 0; d < job.digit_count; ++d)
-            if (bits >> 16 == job.digits[d]) cache.add((uint32_t)d << 16 | (bits & 0xFFFF), job.counts);
+        // Few are: lanes take theirs together, one a turn, wherever they stand in their runs.
+        for (; wanted; wanted &= wanted - 1) {
+            const int first = __ffs(wanted) - 1;
+            uint32_t number = bits[0];
+#pragma unroll
+            for (int c = 1; c < COUNT; ++c) number = first == c ? bits[c] : number;
+            for (int d = 0; number && d < job.digit_count; ++d)
+                if (number >> 16 == job.digits[d]) cache.add((uint32_t)d << 16 | (number & 0xFFFF), job.counts);
+        }
     });
     zeros = __reduce_add_sync(~0u, zeros);
     if (zeros && threadIdx.x % 32 == 0) {

@@ -44,17 +44,18 @@ __device__ __forceinline__ void term_of(const Merge& job, int p, const Held<KIND
 
 // An election: what agrees with the sign of the sum of all, and the weights that took part.
 struct Ballot {
-    float sign[COUNT], total[COUNT], divisor[COUNT];
+    uint32_t positive;  // a bit for each
+    float total[COUNT], divisor[COUNT];
 
-    __device__ __forceinline__ explicit Ballot(const float* sums) {
+    __device__ __forceinline__ explicit Ballot(const float* sums) : positive(0) {
 #pragma unroll
-        for (int c = 0; c < COUNT; ++c) sign[c] = sums[c] >= 0.0f ? 1.0f : -1.0f, total[c] = divisor[c] = 0.0f;
+        for (int c = 0; c < COUNT; ++c) positive |= (uint32_t)(sums[c] >= 0.0f) << c, total[c] = divisor[c] = 0.0f;
     }
 
     __device__ __forceinline__ void add(const float* term, float weight) {
 #pragma unroll
         for (int c = 0; c < COUNT; ++c) {
-            const float agrees = __fmul_rn(term[c], sign[c]) > 0.0f ? 1.0f : 0.0f;
+            const float agrees = (positive >> c & 1 ? term[c] : -term[c]) > 0.0f ? 1.0f : 0.0f;
             total[c] = __fadd_rn(total[c], __fmul_rn(term[c], agrees));
             divisor[c] = __fadd_rn(divisor[c], __fmul_rn(weight, agrees));
         }
@@ -65,7 +66,7 @@ struct Ballot {
         for (int c = 0; c < COUNT; ++c) to[c] = total[c];
         if (!divide) return;
 #pragma unroll
-        for (int c = 0; c < COUNT; ++c) to[c] = __fdiv_rn(to[c], fabsf(divisor[c]) < 1e-8f ? 1.0f : divisor[c]);
+        for (int c = 0; c < COUNT; ++c) to[c] = divided(to[c], fabsf(divisor[c]) < 1e-8f ? 1.0f : divisor[c]);
     }
 };
 
@@ -96,7 +97,7 @@ __device__ __forceinline__ void bring_together(const Merge& job, float* total, T
     if (!job.elect) {
         if (job.share == 1.0f) return;
 #pragma unroll
-        for (int c = 0; c < COUNT; ++c) total[c] = __fdiv_rn(total[c], job.share);
+        for (int c = 0; c < COUNT; ++c) total[c] = divided(total[c], job.share);
         return;
     }
     Ballot ballot(total);

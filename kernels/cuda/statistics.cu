@@ -160,7 +160,7 @@ struct Sizes {
 };
 
 template <int KIND>
-__global__ void __launch_bounds__(WARPS * 32) sizes_kernel(const __grid_constant__ Sizes job) {
+__global__ void __launch_bounds__(WARPS * 32, 3) sizes_kernel(const __grid_constant__ Sizes job) {
     constexpr int ROWS = KIND == ANY ? 2 : 4;
     const Strip strip(job.rows, job.cols, job.across);
     if (strip.block >= job.blocks) return;

@@ -6,6 +6,12 @@
 
 namespace surgery {
 
+// The IEEE quotient. Zeros, which are many here, would send the division down its slow path.
+__device__ __forceinline__ float divided(float value, float by) {
+    const float quotient = __fdiv_rn(value == 0.0f ? 1.0f : value, by);
+    return value == 0.0f ? __fmul_rn(value, by) : quotient;
+}
+
 // A Thin of merge.h; DRAWN: `stays` has a bit for each entry of the matrix.
 struct Kept {
     int32_t kind, divide;
@@ -37,7 +43,7 @@ struct Kept {
             for (int c = 0; c < COUNT; ++c) delta[c] = __fmul_rn(delta[c], stays >> c & 1 ? 1.0f : 0.0f);
             if (divide) {
 #pragma unroll
-                for (int c = 0; c < COUNT; ++c) delta[c] = __fdiv_rn(delta[c], density);
+                for (int c = 0; c < COUNT; ++c) delta[c] = divided(delta[c], density);
             }
         }
         if (factor == 1.0f) return;

@@ -19,7 +19,7 @@ from surgery.resources import kernel_folder
 pytestmark = pytest.mark.slow
 FREE = (
     "awq", "blocks", "counting", "decode", "divergence", "draw", "encode", "fp8_encode", "fp8_sums",
-    "magnitude", "merge", "nibbles", "packed", "statistics", "sweep",
+    "magnitude", "nibbles", "packed", "statistics", "sweep",
 )  # fmt: skip
 """Sources whose kernels are said to spill nothing at sm_90a (kernels/README.md)."""
 WIDE = {
