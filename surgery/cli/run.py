@@ -118,7 +118,7 @@ def show_result(output: Output, folder: Path, manifest: Any) -> None:
         return
     output.events(manifest["events"])
     if manifest["run"].get("gpu_tiles") == 0 and manifest["run"]["kernels"]:
-        output.say("device  every tile was made on the CPU: the GPU has kernels for weighted sums alone")
+        output.say("device  every tile was made on the CPU: too small, or by a method without GPU kernels")
     coverage_table(output, "Where the tensors come from", manifest["coverage"])
     distances = [
         (row["parent"], row["role"], _figure(row["rms"]), _range(row["relative"]), row["measured"])

@@ -13,7 +13,7 @@ from itertools import count
 from threading import local
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from surgery.errors import UsageError
+from surgery.errors import PlanError, UsageError
 
 if TYPE_CHECKING:
     import torch
@@ -63,18 +63,25 @@ class Lanes(local):
 
     def computed(self, parents: Sequence[Operand], work: Callable[[Sequence[Operand]], Result]) -> Result:
         """What `work` makes of the parents there (an operand, a tensor, None or a tuple of these), from
-        and to host memory; valid until this thread's next call."""
+        and to host memory; valid until this thread's next call. Raises PlanError where the GPU is full."""
         import torch
 
         from surgery.codecs import ops
 
-        with torch.cuda.stream(self._stream):
-            there = [
-                ops.Operand(self._up(each.values), None if each.scales is None else self._up(each.scales))
-                for each in parents
-            ]
-            found: Result = self._down(work(there), count())
-            self._stream.synchronize()
+        try:
+            with torch.cuda.stream(self._stream):
+                there = [
+                    ops.Operand(self._up(each.values), None if each.scales is None else self._up(each.scales))
+                    for each in parents
+                ]
+                found: Result = self._down(work(there), count())
+                self._stream.synchronize()
+        except torch.cuda.OutOfMemoryError as error:
+            shape = list(parents[0].values.shape)
+            raise PlanError(
+                f"{self.device} has no room for a tile of {len(parents)} parents of {shape}",
+                hint="free its memory, lower --threads or --memory, or use --device cpu",
+            ) from error
         self._made.append(1)
         return found
 

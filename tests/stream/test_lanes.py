@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ import pytest
 import torch
 from folders import strict_manifest
 
-from surgery.errors import UsageError
+from surgery.codecs.ops import Operand
+from surgery.errors import PlanError, UsageError
 from surgery.operators.merge.aoe import AssemblyOfExperts
 from surgery.operators.merge.arcee_fusion import ArceeFusion
 from surgery.operators.merge.dare import DareTies
@@ -70,6 +72,17 @@ def test_a_gpu_writes_the_bytes_of_the_cpu(
     run = made["cuda"]["run"]
     assert run["device"] == "cuda" and run["kernels"]["gpu_path"] and run["gpu_tiles"] == len(went)
     assert made["cpu"]["run"]["device"] == "cpu" and "gpu_tiles" not in made["cpu"]["run"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not GPU, reason="no CUDA device")
+def test_a_gpu_without_room_is_one_clear_error() -> None:
+    def work(there: Sequence[Operand]) -> torch.Tensor:
+        return torch.empty(1 << 50, dtype=torch.uint8, device=there[0].values.device)
+
+    lane = lanes.Lanes("cuda", [])
+    with pytest.raises(PlanError, match=r"no room for a tile of 2 parents of \[3, 4\]"):
+        lane.computed([Operand(torch.zeros(3, 4))] * 2, work)
 
 
 @pytest.mark.skipif(GPU, reason="there is a CUDA device")
