@@ -114,9 +114,10 @@ void load_row(const Combine& job, int32_t parent, int64_t row, float* to) {
     }
 }
 
-// Powers of e of a row less its largest number, and the reciprocal of their sum.
+// Powers of e of a row less its largest number, and the reciprocal of their sum. NaN is the largest where there is one.
 double powers_of(const float* row, int64_t cols, double* __restrict powers) {
     alignas(64) float most[BLOCK], least[BLOCK];
+    int32_t broken = 0;
     for (int c = 0; c < BLOCK; ++c) most[c] = least[c] = row[0];
     for (int64_t begin = 0; begin < cols; begin += BLOCK) {
         const int n = (int)(cols - begin < BLOCK ? cols - begin : BLOCK);
@@ -125,13 +126,14 @@ double powers_of(const float* row, int64_t cols, double* __restrict powers) {
             const float value = row[begin + c];
             most[c] = value > most[c] ? value : most[c];
             least[c] = value < least[c] ? value : least[c];
+            broken |= value == value ? 0 : 1;
         }
     }
     for (int c = 1; c < BLOCK; ++c) {
         most[0] = most[c] > most[0] ? most[c] : most[0];
         least[0] = least[c] < least[0] ? least[c] : least[0];
     }
-    const double largest = most[0];
+    const double largest = broken ? __builtin_nan("") : most[0];
     const bool small = least[0] - largest >= SMALL;
     alignas(64) double lanes[BLOCK] = {0.0};
     for (int64_t begin = 0; begin < cols; begin += BLOCK) {

@@ -6,8 +6,7 @@
 // its codes, hence one pass. Built with -fmad=false: products and sums are rounded one by one, as on the CPU.
 #include "fp8_encode.h"
 #include "fp8_sums.h"
-#include "raw.cuh"
-#include "store.cuh"
+#include "parents.cuh"
 #include "tile.cuh"
 
 using namespace surgery;
@@ -15,14 +14,7 @@ using namespace surgery;
 namespace {
 
 using Runs = Place<RUN>;
-constexpr int THREADS = TILE_THREADS, RUNS = Runs::RUNS, MOST_PARENTS = 16;
-
-struct Parents {
-    const void* values[MOST_PARENTS];
-    const float* scales[MOST_PARENTS];
-    float weights[MOST_PARENTS];
-    int32_t kinds[MOST_PARENTS];
-};
+constexpr int THREADS = TILE_THREADS, RUNS = Runs::RUNS;
 
 // What a thread keeps of its 32 values while the parents pass by.
 template <bool SQUARES>
@@ -64,7 +56,7 @@ __device__ __forceinline__ void add_parent(Tile<SQUARES>& tile, const void* from
     }
 }
 
-// INPUT: the kind of every parent, or -1 where they differ. SQUARES: with sums, and the base kept for them.
+// INPUT: the kind of every parent, or ANY. SQUARES: with sums, and the base kept for them.
 template <int INPUT, int OUTPUT, bool SQUARES>
 __global__ void __launch_bounds__(THREADS, SQUARES ? 1 : 2)
     combine_kernel(Parents parents, int count, void* out, float* out_scales, double* sums, int64_t rows,
@@ -126,13 +118,11 @@ void launch(const Combine& job, const Parents& parents, int64_t across, int64_t 
 template <int OUTPUT>
 void choose(const Combine& job, const Parents& parents, int64_t across, int64_t blocks, bool aligned,
             cudaStream_t stream) {
-    int32_t kind = job.kinds[0];
-    for (int32_t i = 1; i < job.count; ++i)
-        if (job.kinds[i] != kind) kind = -1;
+    const int32_t kind = kind_of(job);
     if (kind == FP8_BLOCK) launch<FP8_BLOCK, OUTPUT>(job, parents, across, blocks, aligned, stream);
     else if (kind == BF16) launch<BF16, OUTPUT>(job, parents, across, blocks, aligned, stream);
     else if (kind == F32) launch<F32, OUTPUT>(job, parents, across, blocks, aligned, stream);
-    else launch<-1, OUTPUT>(job, parents, across, blocks, aligned, stream);
+    else launch<ANY, OUTPUT>(job, parents, across, blocks, aligned, stream);
 }
 
 }  // namespace
@@ -142,15 +132,8 @@ extern "C" int32_t surgery_cuda_combine(const Combine* job, cudaStream_t stream)
     if (blocks > 0x7FFFFFFF || job->count > MOST_PARENTS) return cudaErrorInvalidConfiguration;
     if (takes_fp8_sum(*job)) return add_fp8(*job, stream);
     if (takes_encoding(*job)) return encode_fp8(*job, stream);
-    Parents parents = {};
-    bool aligned = job->cols % RUN == 0 && even(job->out);
-    for (int32_t i = 0; i < job->count; ++i) {
-        parents.values[i] = job->parents[i];
-        parents.scales[i] = job->scales[i];
-        parents.weights[i] = job->weights[i];
-        parents.kinds[i] = job->kinds[i];
-        aligned = aligned && even(job->parents[i]);
-    }
+    bool aligned;
+    const Parents parents = parents_of(*job, RUN, &aligned);
     if (job->out_kind == FP8_BLOCK) choose<FP8_BLOCK>(*job, parents, across, blocks, aligned, stream);
     else if (job->out_kind == BF16) choose<BF16>(*job, parents, across, blocks, aligned, stream);
     else choose<F32>(*job, parents, across, blocks, aligned, stream);

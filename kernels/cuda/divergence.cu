@@ -4,6 +4,7 @@
 // first, for its largest numbers, the sums of powers and the divergence: powers are cheaper to make twice than to keep.
 #include "../core/merge.h"
 #include "../cpu/merge.h"
+#include "eight.cuh"
 #include "parents.cuh"
 
 namespace surgery {
@@ -18,16 +19,19 @@ struct Rows {
     int64_t cols, across;
 };
 
-// TOGETHER columns of one parent, 128 apart; what lies beyond the row is `beyond`.
+// Whether the row has this one of the thread's columns.
+__device__ __forceinline__ bool there(const Rows& job, int64_t group) { return group * BLOCK + threadIdx.x < job.cols; }
+
+// TOGETHER columns of one parent, 128 apart; those that are not there are 0.
 template <int KIND>
-__device__ __forceinline__ void load_columns(const Rows& job, int p, int64_t group, float beyond, float* to) {
+__device__ __forceinline__ void load_columns(const Rows& job, int p, int64_t group, float* to) {
     const int kind = KIND == ANY ? job.parents.kinds[p] : KIND;
     const int64_t row = blockIdx.x;
 #pragma unroll
     for (int k = 0; k < TOGETHER; ++k) {
         const int64_t col = (group + k) * BLOCK + threadIdx.x, at = row * job.cols + col;
-        to[k] = beyond;
-        if (col >= job.cols) continue;
+        to[k] = 0.0f;
+        if (!there(job, group + k)) continue;
         if (kind == FP8_BLOCK) {
             const float scale = job.parents.scales[p][row / BLOCK * job.across + group + k];
             to[k] = __fmul_rn(e4m3_to_float(__ldg((const uint8_t*)job.parents.values[p] + at)), scale);
@@ -57,7 +61,7 @@ __device__ __forceinline__ double folded(double own, double* lanes) {
     return sum;
 }
 
-// Of both parents: SMALL, where exp_series will do for the whole row.
+// SMALL: exp_series will do for the whole rows of both parents.
 template <bool SMALL>
 __device__ __forceinline__ double power(float value, double largest) {
     const double x = (double)value - largest;
@@ -69,10 +73,10 @@ __device__ __forceinline__ double sum_of_powers(const Rows& job, int p, double l
     double sum = 0.0;
     for (int64_t group = 0; group < job.across; group += TOGETHER) {
         float v[TOGETHER];
-        load_columns<KIND>(job, p, group, 0.0f, v);
+        load_columns<KIND>(job, p, group, v);
 #pragma unroll
         for (int k = 0; k < TOGETHER; ++k)
-            if ((group + k) * BLOCK + threadIdx.x < job.cols) sum += power<SMALL>(v[k], largest);
+            if (there(job, group + k)) sum += power<SMALL>(v[k], largest);
     }
     return sum;
 }
@@ -82,11 +86,11 @@ __device__ __forceinline__ double divergence_of(const Rows& job, const double* l
     double total = 0.0;
     for (int64_t group = 0; group < job.across; group += TOGETHER) {
         float base[TOGETHER], model[TOGETHER];
-        load_columns<KIND>(job, 0, group, 0.0f, base);
-        load_columns<KIND>(job, 1, group, 0.0f, model);
+        load_columns<KIND>(job, 0, group, base);
+        load_columns<KIND>(job, 1, group, model);
 #pragma unroll
         for (int k = 0; k < TOGETHER; ++k) {
-            if ((group + k) * BLOCK + threadIdx.x >= job.cols) continue;
+            if (!there(job, group + k)) continue;
             const double p = power<SMALL>(model[k], largest[1]) * by_model + 1e-8;
             const double q = power<SMALL>(base[k], largest[0]) * by_base + 1e-8;
             const double gap = p - q, both = p + q;
@@ -101,28 +105,32 @@ template <int KIND>
 __global__ void __launch_bounds__(THREADS) divergence_kernel(const __grid_constant__ Rows job) {
     __shared__ double lanes[THREADS];
     __shared__ float found[4][WARPS];
-    // The largest numbers of both, and the largest of their negatives.
+    // The largest numbers of both, and the largest of their negatives; NaN where there is one.
     float most[4] = {-INFINITY, -INFINITY, -INFINITY, -INFINITY};
     for (int64_t group = 0; group < job.across; group += TOGETHER) {
 #pragma unroll
         for (int p = 0; p < 2; ++p) {
             float v[TOGETHER];
-            load_columns<KIND>(job, p, group, NAN, v);
+            load_columns<KIND>(job, p, group, v);
 #pragma unroll
-            for (int k = 0; k < TOGETHER; ++k) most[p] = fmaxf(most[p], v[k]), most[2 + p] = fmaxf(most[2 + p], -v[k]);
+            for (int k = 0; k < TOGETHER; ++k) {
+                if (!there(job, group + k)) continue;
+                most[p] = larger(most[p], v[k]);
+                most[2 + p] = larger(most[2 + p], -v[k]);
+            }
         }
     }
 #pragma unroll
     for (int m = 0; m < 4; ++m) {
 #pragma unroll
-        for (int half = 16; half; half /= 2) most[m] = fmaxf(most[m], __shfl_xor_sync(~0u, most[m], half));
+        for (int half = 16; half; half /= 2) most[m] = larger(most[m], __shfl_xor_sync(~0u, most[m], half));
         if (threadIdx.x % 32 == 0) found[m][threadIdx.x / 32] = most[m];
     }
     __syncthreads();
 #pragma unroll
     for (int m = 0; m < 4; ++m) {
 #pragma unroll
-        for (int w = 0; w < WARPS; ++w) most[m] = fmaxf(most[m], found[m][w]);
+        for (int w = 0; w < WARPS; ++w) most[m] = larger(most[m], found[m][w]);
     }
     const double largest[2] = {most[0], most[1]};
     const bool small = -(double)most[2] - largest[0] >= SMALL && -(double)most[3] - largest[1] >= SMALL;

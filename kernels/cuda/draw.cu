@@ -18,7 +18,7 @@ struct Draws {
     uint32_t limits[MOST_PARENTS];
 };
 
-// The largest draw whose uniform number is below a density above 0: those are multiples of 2^-24.
+// The largest draw whose uniform number, a multiple of 2^-24, is below a density above 0.
 uint32_t limit_of(float density) {
     const double steps = std::ceil((double)density * 16777216.0);
     return steps >= 16777216.0 ? 0xFFFFFFFFu : (uint32_t)((uint64_t)steps << 8) - 1u;

@@ -5,7 +5,7 @@
 namespace surgery {
 
 constexpr int TILE_THREADS = 512;
-constexpr int RUN = 16;  // neighbours that a thread has where they are FP8
+constexpr int RUN = 16;  // neighbours of a thread in weighted sums
 
 // Where a thread's first run lies; the others follow STRIDE rows below one another.
 template <int COUNT>

@@ -117,7 +117,7 @@ def show_result(output: Output, folder: Path, manifest: Any) -> None:
         output.document({"folder": str(folder), **kept, **measured})
         return
     output.events(manifest["events"])
-    if manifest["run"].get("gpu_tiles") == 0 and manifest["run"]["kernels"]:
+    if manifest["run"].get("gpu_passes") == 0 and manifest["run"]["kernels"]:
         output.say("device  every tile was made on the CPU: too small, or by a method without GPU kernels")
     coverage_table(output, "Where the tensors come from", manifest["coverage"])
     distances = [

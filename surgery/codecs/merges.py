@@ -17,7 +17,7 @@ import torch
 
 from surgery.codecs import merge_reference as reference
 from surgery.codecs import ops, structures
-from surgery.codecs.dispatch import call, library_for, place
+from surgery.codecs.dispatch import call, library_for, place, told
 from surgery.codecs.merge_reference import LOWER_BINS, UPPER_BINS
 from surgery.codecs.ops import Operand
 from surgery.errors import UsageError
@@ -90,7 +90,7 @@ def task_sums(operands: Sequence[Operand]) -> torch.Tensor:
 def task_sizes(operands: Sequence[Operand], thins: Sequence[Thin]) -> torch.Tensor:
     """Σ |δ_i| of every model, then Σ |δ'_i| of what stays, by block: float64 [blocks, 2 · models]. By native
     kernels alone."""
-    ops.check_operands(operands)
+    _check_native(operands)
     models = len(operands) - 1
     sums = _sums(operands, 2 * models)
     _run_tasks("sizes", operands, thins, _nothing(models), None, sums)
@@ -115,9 +115,11 @@ def count_sizes(
     row_weights: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Counts of |operand i − operand 0| (times float32 `row_weights` [rows]) by upper 16 bits, int64 [models,
-    32768], or of the lower 16 bits by model and `digit`, int64 [models, digits, 65536]."""
+    32768], or of the lower 16 bits by model and `digit`, int64 [models, digits, 65536]. Digits
+    are 0 to 32767, as many for every model."""
     ops.check_operands(operands)
     models, weights = len(operands) - 1, _fitting(row_weights, operands)
+    _check_digits(digits, models)
     if not available(operands):
         return _count_by_reference(operands, digits, weights)
     wanted = torch.tensor(digits, dtype=torch.int32).view(models, -1) if digits is not None else None
@@ -138,7 +140,7 @@ def merge_tasks(
     operands: Sequence[Operand], thins: Sequence[Thin], how: Sum, dtype: torch.dtype, *, ue8m0: bool
 ) -> tuple[Operand, torch.Tensor]:
     """base + scale · Σ w_i δ'_i stored as `dtype`, and `task_sums`. By native kernels alone."""
-    ops.check_operands(operands)
+    _check_native(operands)
     out = ops.empty_result(operands[0].values, dtype)
     sums = _sums(operands, _columns(len(operands)))
     _run_tasks("tasks", operands, thins, how, out, sums, ue8m0)
@@ -157,7 +159,7 @@ def merge_fusion(
     """base + δ where |δ| · row_weights ≥ threshold, stored as `dtype`, and ‖base‖², ‖δ‖² by block: float64
     [blocks, 2]. By native kernels alone."""
     operands = (base, model)
-    ops.check_operands(operands)
+    _check_native(operands)
     out = ops.empty_result(base.values, dtype)
     sums, weights = _sums(operands, 2), _fitting(row_weights, operands)
     job = structures.Fusion(
@@ -172,11 +174,9 @@ def _run_tasks(
     sums: torch.Tensor, ue8m0: bool = False,
 ) -> None:  # fmt: skip
     first = operands[0].values
-    blocks = ops.scale_shape(first.shape)[0]
     for thin in thins:
-        if thin.kept is Kept.DRAWN and (thin.states is None or tuple(thin.states.shape) != (blocks, 4)):
-            raise UsageError(f"drawing needs the states of {blocks} blocks of rows")
-    states = [None if thin.states is None else thin.states.to(first.device) for thin in thins]
+        _check_thin(thin, ops.scale_shape(first.shape)[0])
+    states = [None if thin.states is None else thin.states.to(first.device).contiguous() for thin in thins]
     room = None
     if first.is_cuda and any(thin.kept is Kept.DRAWN for thin in thins):
         shape = (len(thins), -(-first.numel() // 32))
@@ -193,6 +193,39 @@ def _run_tasks(
         drawn=place(room),
     )
     _run(name, operands, job)
+
+
+def _check_native(operands: Sequence[Operand]) -> None:
+    ops.check_operands(operands)
+    if len(operands) < 2:
+        raise UsageError("there is no model beside the base")
+    if not available(operands):
+        first = operands[0].values
+        raise UsageError(
+            f"there are no kernels for {told(first)} on {first.device}", hint="surgery kernels status"
+        )
+
+
+def _check_thin(thin: Thin, blocks: int) -> None:
+    if thin.kept is not Kept.DRAWN:
+        return
+    shape, kind = (blocks, 4), torch.int64
+    if thin.states is None or tuple(thin.states.shape) != shape or thin.states.dtype != kind:
+        raise UsageError(f"drawing needs the states of {blocks} blocks of rows: int64 [{blocks}, 4]")
+    if not 0.0 < ctypes.c_float(thin.density).value <= 1.0:
+        raise UsageError(f"a density of {thin.density:g} is not above 0 and at most 1 in float32")
+
+
+def _check_digits(digits: Sequence[Sequence[int]] | None, models: int) -> None:
+    if models < 1:
+        raise UsageError("there is no model beside the base")
+    if digits is None:
+        return
+    counts = {len(each) for each in digits}
+    if len(digits) != models or len(counts) != 1 or 0 in counts:
+        raise UsageError(f"{models} models need as many digits each, and one at least")
+    if not all(0 <= digit < UPPER_BINS for each in digits for digit in each):
+        raise UsageError(f"digits are 0 to {UPPER_BINS - 1}")
 
 
 def _nothing(models: int) -> Sum:

@@ -10,6 +10,7 @@ import ctypes
 import os
 from dataclasses import dataclass
 from functools import lru_cache
+from threading import Lock
 from typing import Any
 
 from surgery.codecs import structures
@@ -37,6 +38,9 @@ JOBS = {
     "divergence": structures.Divergence,
 }
 """Operations that take one structure."""
+
+
+_BUILDING = Lock()  # threads that ask at once would each build
 
 
 @dataclass(frozen=True)
@@ -83,7 +87,8 @@ def cuda(capability: tuple[int, int]) -> Native:
 @lru_cache(maxsize=1)
 def _load_cpu() -> Native:
     try:
-        library = ctypes.CDLL(str(cpu_library()))
+        with _BUILDING:
+            library = ctypes.CDLL(str(cpu_library()))
         compiler = compiler_version(find_compiler("cpu"))
     except (SurgeryError, OSError) as error:
         return Native(None, "reference", f"no CPU kernels: {error}")
@@ -100,7 +105,8 @@ def _load_cpu() -> Native:
 def _load_cuda(capability: tuple[int, int]) -> Native:
     name = f"{capability[0]}{capability[1]}" + ("a" if capability in ((9, 0), (10, 0)) else "")
     try:
-        library = ctypes.CDLL(str(cuda_library((name,))))
+        with _BUILDING:
+            library = ctypes.CDLL(str(cuda_library((name,))))
         compiler = compiler_version(find_compiler("cuda"))
     except (SurgeryError, OSError) as error:
         return Native(None, "reference", f"no CUDA kernels: {error}")

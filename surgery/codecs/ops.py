@@ -21,6 +21,8 @@ from surgery.errors import UsageError
 
 KINDS = {torch.uint8: native.FP8_BLOCK, torch.bfloat16: native.BF16, torch.float32: native.F32}
 """Kinds of operands and results, by their dtype."""
+MOST_ON_CUDA = 16
+"""Operands of one call there, as in kernels/cuda/parents.cuh."""
 
 
 @dataclass(frozen=True)
@@ -279,6 +281,8 @@ def check_operands(parents: Sequence[Operand]) -> None:
     """Refuse parents that a kernel cannot take together. Raises UsageError."""
     for parent in parents:
         _check(parent, parents[0].values)
+    if parents[0].values.is_cuda and len(parents) > MOST_ON_CUDA:
+        raise UsageError(f"CUDA kernels take {MOST_ON_CUDA} operands at most, not {len(parents)}")
 
 
 def _check(operand: Operand, first: torch.Tensor) -> None:

@@ -84,20 +84,12 @@ def operands(inputs: Sequence[TensorRef], start: int, stop: int, context: ReadCo
 
 
 def computed(
-    parents: Sequence[Operand],
-    context: ReadContext,
-    work: Callable[[Sequence[Operand]], Result],
-    *,
-    natively: bool = False,
+    parents: Sequence[Operand], context: ReadContext, work: Callable[[Sequence[Operand]], Result]
 ) -> Result:
-    """`work(parents)`, on the context's GPU where it has one and the tile is worth it (`natively`: and there
-    are kernels); valid until this thread asks again."""
-    from surgery.stream.lanes import SMALLEST
-
+    """`work(parents)`, on the context's GPU where it has one that takes them; valid until this thread asks
+    again."""
     lanes = context.lanes
-    if lanes is None or parents[0].values.numel() < SMALLEST or (natively and not lanes.native):
-        return work(parents)
-    return lanes.computed(parents, work)
+    return work(parents) if lanes is None or not lanes.takes(parents) else lanes.computed(parents, work)
 
 
 def form_of(target: TensorRef) -> tuple[torch.dtype, bool]:

@@ -48,18 +48,24 @@ def gpu_of(device: str) -> str | None:
 
 
 class Lanes(local):
-    """The calling thread's lane to a CUDA device. `made` is shared by all threads: a 1 for every tile."""
+    """The calling thread's lane to a CUDA device. `passes` is shared by all threads: a 1 for each."""
 
-    def __init__(self, device: str, made: list[int]) -> None:
+    def __init__(self, device: str, passes: list[int]) -> None:
         import torch
 
-        from surgery.codecs.dispatch import cuda_library
-
-        self._made = made
+        self._passes = passes
         self.device = torch.device(device)
-        self.native = cuda_library(self.device).library is not None
         self._stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
         self._pinned: dict[int, torch.Tensor] = {}
+
+    def takes(self, parents: Sequence[Operand]) -> bool:
+        """Whether they are worth the way, and there are kernels for so many."""
+        from surgery.codecs.dispatch import cuda_library
+        from surgery.codecs.ops import MOST_ON_CUDA
+
+        if parents[0].values.numel() < SMALLEST or len(parents) > MOST_ON_CUDA:
+            return False
+        return cuda_library(self.device).library is not None
 
     def computed(self, parents: Sequence[Operand], work: Callable[[Sequence[Operand]], Result]) -> Result:
         """What `work` makes of the parents there (an operand, a tensor, None or a tuple of these), from
@@ -82,7 +88,7 @@ class Lanes(local):
                 f"{self.device} has no room for a tile of {len(parents)} parents of {shape}",
                 hint="free its memory, lower --threads or --memory, or use --device cpu",
             ) from error
-        self._made.append(1)
+        self._passes.append(1)
         return found
 
     def _up(self, tensor: torch.Tensor) -> torch.Tensor:

@@ -233,7 +233,7 @@ class Saving:
             if shard.name in self._journal.shards and _size(self.work / shard.name) == shard.nbytes
         }
         self.finished: dict[str, dict[str, Any]] = dict(self.kept)
-        self.gpu_tiles = 0
+        self.gpu_passes = 0
         """Tiles that a GPU made in this run, for this output and those written with it."""
 
     def missing(self) -> list[Shard]:
@@ -276,10 +276,10 @@ def write_rounds(
     peak = max(each.plan.peak_bytes for each in savings)
     done = sum(entry["bytes"] for each in savings for entry in each.finished.values())
     gpu = gpu_of(options.device)
-    made: list[int] = []
+    passes: list[int] = []
     context = ReadContext(
         options.allow_nonfinite, several=len(savings) > 1, buffers=ThreadBuffers(pinned=gpu is not None),
-        lanes=Lanes(gpu, made) if gpu else None,
+        lanes=Lanes(gpu, passes) if gpu else None,
     )  # fmt: skip
     Execution(
         options.hash, max(1, options.threads), options.memory_bytes, context, options.progress,
@@ -289,7 +289,7 @@ def write_rounds(
         ahead_bytes=ahead_bytes(options.memory_bytes, peak) if remote else 0,
     ).run(rounds)  # fmt: skip
     for each in savings:
-        each.gpu_tiles = len(made)
+        each.gpu_passes = len(passes)
 
 
 def _complete(saving: Saving) -> dict[str, Any]:
@@ -319,9 +319,9 @@ def _complete(saving: Saving) -> dict[str, Any]:
             "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
             "threads": options.threads,
             "memory_bytes": options.memory_bytes,
-            "device": gpu if gpu and saving.gpu_tiles else "cpu",
-            **({"gpu_tiles": saving.gpu_tiles} if gpu else {}),
-            "kernels": kernels_used(checkpoint, gpu if saving.gpu_tiles else None),
+            "device": gpu if gpu and saving.gpu_passes else "cpu",
+            **({"gpu_passes": saving.gpu_passes} if gpu else {}),
+            "kernels": kernels_used(checkpoint, gpu if saving.gpu_passes else None),
             "resumed_shards": sorted(saving.kept),
             **({"remote": network} if network else {}),
         },

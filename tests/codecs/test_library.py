@@ -10,10 +10,11 @@ import pytest
 import torch
 from kernel_sets import kernels
 
-from surgery.codecs import bitstream, encode_ops, library, magnitude, merges, ops, packed_ops
+from surgery.codecs import bitstream, encode_ops, library, magnitude, merge_library, merges, ops, packed_ops
 from surgery.codecs.column_sweep import BlockGrid
 from surgery.codecs.ops import Operand
 from surgery.codecs.schemes import IntScheme
+from surgery.errors import UsageError
 
 CHECKS = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -91,8 +92,8 @@ def test_weighted_sums(dtype: torch.dtype, squares: bool) -> None:
     fp8 = Operand(*ops.encode_fp8_block(torch.randn(130, 70)))
     wide = Operand(torch.randn(130, 70))
     arguments = ([fp8.values, wide.values], [fp8.scales, None], [0.3, 0.7], dtype)
-    check(library.assemble, arguments, {"squares": squares})
-    values, scales, sums = library.assemble(*arguments, squares=squares)
+    check(merge_library.assemble, arguments, {"squares": squares})
+    values, scales, sums = merge_library.assemble(*arguments, squares=squares)
     want, wanted = ops.assemble([fp8, wide], [0.3, 0.7], dtype, squares=squares, ue8m0=False)
     same([values], [want.values])
     assert (scales.numel() == 0) == (want.scales is None) and (sums.numel() == 0) == (wanted is None)
@@ -107,9 +108,9 @@ def test_magnitudes_and_divergences(dtype: torch.dtype) -> None:
     base, model = (torch.randn(5, 300).to(dtype) for _ in range(2))
     check(library.largest_magnitude, (base,))
     same([library.largest_magnitude(base)], [magnitude.largest_magnitude(base)])
-    check(library.row_divergence, (base, None, model, None))
+    check(merge_library.row_divergence, (base, None, model, None))
     want = merges.row_divergence(Operand(base), Operand(model))
-    same([library.row_divergence(base, None, model, None)], [want])
+    same([merge_library.row_divergence(base, None, model, None)], [want])
 
 
 @pytest.mark.parametrize("digits", [[], [5, 6, 7, 5]])
@@ -118,11 +119,18 @@ def test_counts(digits: list[int], weighted: bool) -> None:
     parents = [torch.randn(5, 30) for _ in range(3)]
     weights = torch.rand(5) if weighted else None
     digits = [each + 0x3F80 - 5 for each in digits]
-    check(library.count_sizes, (parents, [None] * 3, digits, weights))
+    check(merge_library.count_sizes, (parents, [None] * 3, digits, weights))
     want = merges.count_sizes(
         [Operand(each) for each in parents], [digits[:2], digits[2:]] if digits else None, weights
     )
-    same([library.count_sizes(parents, [None] * 3, digits, weights)], [want])
+    same([merge_library.count_sizes(parents, [None] * 3, digits, weights)], [want])
+
+
+def test_digits_that_do_not_fit_are_refused() -> None:
+    parents = [torch.randn(5, 30) for _ in range(3)]
+    for count, digits in ((3, [0x3F80]), (3, [1, 2, 3]), (2, [0x8000]), (2, [-1]), (1, [])):
+        with pytest.raises(UsageError, match=r"digit|no model"):
+            merge_library.count_sizes(parents[:count], [None] * count, digits, None)
 
 
 @kernels
@@ -130,8 +138,8 @@ def test_counts(digits: list[int], weighted: bool) -> None:
 def test_fusions(dtype: torch.dtype) -> None:
     parents = [torch.randn(130, 70) for _ in range(2)]
     arguments = (parents, [None] * 2, torch.rand(130), 0.4, dtype)
-    check(library.merge_fusion, arguments)
-    values, scales, sums = library.merge_fusion(*arguments)
+    check(merge_library.merge_fusion, arguments)
+    values, scales, sums = merge_library.merge_fusion(*arguments)
     want, wanted = merges.merge_fusion(*map(Operand, parents), *arguments[2:], ue8m0=False)
     same([values, sums], [want.values, wanted])
     if want.scales is not None:

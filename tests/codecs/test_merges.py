@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from broken_rows import BROKEN, broken_rows
 
 from surgery.codecs import merge_reference as reference
 from surgery.codecs import merges, native
@@ -135,6 +136,14 @@ def test_divergences_of_small_and_large_numbers_are_the_references(
 
 
 @kernels
+@pytest.mark.parametrize("name", BROKEN)
+def test_divergences_of_rows_with_what_is_no_number_are_the_references(loops: None, name: str) -> None:
+    base, model = broken_rows(name)
+    found = merges.row_divergence(Operand(base), Operand(model))
+    assert torch.equal(found, reference.row_divergence(base, model))
+
+
+@kernels
 def test_numbers_that_are_none_are_counted_at_the_end(loops: None) -> None:
     base, model = torch.zeros(2, 200), torch.zeros(2, 200)
     model[0, :3] = torch.tensor([math.nan, math.inf, -math.inf])
@@ -170,6 +179,20 @@ def test_what_does_not_fit_is_refused() -> None:
     drawn = Thin(Kept.DRAWN, density=0.5, states=torch.zeros(1, 4, dtype=torch.int64))
     with pytest.raises(UsageError, match="2 blocks"):
         merges.task_sizes(parents, [drawn, Thin(), Thin()])
+    for density in (0.0, 1e-46, 1.5, math.nan):
+        with pytest.raises(UsageError, match="density"):
+            states = torch.zeros(2, 4, dtype=torch.int64)
+            merges.task_sizes(parents, [Thin(Kept.DRAWN, density=density, states=states), Thin(), Thin()])
+    with pytest.raises(UsageError, match="int64"):
+        states = torch.zeros(2, 4, dtype=torch.int32)
+        merges.task_sizes(parents, [Thin(Kept.DRAWN, density=0.5, states=states), Thin(), Thin()])
+    for digits in ([[]] * 3, [[1], [2], [3, 4]], [[1], [2]], [[1 << 15]] * 3):
+        with pytest.raises(UsageError, match="digit"):
+            merges.count_sizes(parents, digits)
+    with pytest.raises(UsageError, match="no model"):
+        merges.merge_tasks(parents[:1], [], Sum([], False, False, 1.0), torch.float32, ue8m0=False)
+    with pytest.raises(UsageError, match="no kernels"):
+        merges.task_sizes([Operand(torch.zeros(0, 3))] * 2, [Thin()])
     with pytest.raises(UsageError, match="row weights"):
         merges.count_sizes(parents, None, torch.zeros(3))
     with pytest.raises(UsageError, match="one shape"):

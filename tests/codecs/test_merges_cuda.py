@@ -6,11 +6,13 @@ from collections.abc import Sequence
 
 import pytest
 import torch
+from broken_rows import BROKEN, broken_rows
 
 from surgery.codecs import merges, native
 from surgery.codecs import reference as blocks
 from surgery.codecs.merges import Kept, Sum, Thin
 from surgery.codecs.ops import Operand
+from surgery.errors import UsageError
 
 pytestmark = [
     pytest.mark.gpu,
@@ -43,6 +45,7 @@ def there(operands: Sequence[Operand]) -> list[Operand]:
 def same(found: Operand | torch.Tensor, want: Operand | torch.Tensor) -> None:
     if isinstance(found, Operand) and isinstance(want, Operand):
         same(found.values, want.values)
+        assert (found.scales is None) == (want.scales is None)
         if found.scales is not None and want.scales is not None:
             same(found.scales, want.scales)
         return
@@ -129,6 +132,27 @@ def test_fusions(shape: tuple[int, int], form: str, dtype: torch.dtype) -> None:
         want = merges.merge_fusion(*here, weights, threshold, dtype, ue8m0=False)
         same(found[0], want[0])
         same(found[1], want[1])
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_divergences_of_rows_with_what_is_no_number(name: str) -> None:
+    here = [Operand(each) for each in broken_rows(name)]
+    same(merges.row_divergence(*there(here)), merges.row_divergence(*here))
+
+
+def test_more_blocks_than_run_at_once() -> None:
+    """Each thread block takes several."""
+    here = parents((128 * 3000 + 5, 8), "bf16", 2)
+    upper = merges.count_sizes(here, None)
+    same(merges.count_sizes(there(here), None), upper)
+    top = [[int(each.argmax()), 0] for each in upper]
+    same(merges.count_sizes(there(here), top), merges.count_sizes(here, top))
+
+
+def test_more_operands_than_a_kernel_takes_are_refused() -> None:
+    far = there(parents((3, 40), "bf16", 17))
+    with pytest.raises(UsageError, match="16 operands at most, not 17"):
+        merges.task_sums(far)
 
 
 def test_without_kernels_the_reference_counts_there(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -350,7 +350,8 @@ def test_stacking_renames_layers_and_copies_bytes(tmp_path: Path) -> None:
     [
         ("linear", {"models": {"a": 1, "b": -1}}, "sum to 0"),
         ("ties", {"base": "base", "models": {"a": {"density": 1.5}}}, "density is 1.5"),
-        ("dare_ties", {"base": "base", "models": {"a": {"density": 0.0}}}, "above 0"),
+        ("dare_ties", {"base": "base", "models": {"a": {"density": 0.0}}}, "at least 5.96e-08"),
+        ("dare_ties", {"base": "base", "models": {"a": {"density": 1e-46}}}, "at least 5.96e-08"),
         ("della", {"base": "base", "models": {"a": {"density": 0.95}}}, "lower epsilon"),
         ("linear", {"models": {"a": [{"role": "router", "value": 1}], "b": 1}}, "no entry of the list"),
         ("linear", {"models": {"a": 1, "b": 1}, "select": ["router"]}, "matches none"),

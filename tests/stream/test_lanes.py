@@ -11,6 +11,7 @@ import pytest
 import torch
 from folders import strict_manifest
 
+from surgery.codecs import dispatch, native
 from surgery.codecs.ops import Operand
 from surgery.errors import PlanError, UsageError
 from surgery.operators.merge.aoe import AssemblyOfExperts
@@ -70,8 +71,21 @@ def test_a_gpu_writes_the_bytes_of_the_cpu(
         assert (tmp_path / "cuda" / name).read_bytes() == (tmp_path / "cpu" / name).read_bytes(), name
     assert set(went) == {2}
     run = made["cuda"]["run"]
-    assert run["device"] == "cuda" and run["kernels"]["gpu_path"] and run["gpu_tiles"] == len(went)
-    assert made["cpu"]["run"]["device"] == "cpu" and "gpu_tiles" not in made["cpu"]["run"]
+    assert run["device"] == "cuda" and run["kernels"]["gpu_path"] and run["gpu_passes"] == len(went)
+    assert made["cpu"]["run"]["device"] == "cpu" and "gpu_passes" not in made["cpu"]["run"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not GPU, reason="no CUDA device")
+def test_without_its_kernels_a_gpu_is_not_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SURGERY_KERNELS", "cpu")
+    parents = {
+        "a": open_checkpoint(factories.deepseek_v3(tmp_path / "a", 1, **SIZES), "a"),
+        "b": open_checkpoint(factories.deepseek_v3(tmp_path / "b", 2, base=1, **SIZES), "b"),
+    }
+    method = ArceeFusion.model_validate({"base": "a", "models": {"b": {}}})
+    run = method.apply(parents).save(tmp_path / "out", device="cuda").manifest["run"]
+    assert (run["device"], run["gpu_passes"]) == ("cpu", 0)
 
 
 @pytest.mark.gpu
@@ -101,12 +115,22 @@ def test_auto_takes_the_cpu_where_there_is_no_gpu() -> None:
     assert lanes.gpu_of("auto") is None and lanes.gpu_of("cpu") is None
 
 
+class Pretended(lanes.Lanes):
+    """To a device that is not there, and that must not be asked."""
+
+    def __init__(self, device: str, passes: list[int]) -> None:
+        self.device = torch.device("cuda", 99)
+
+    def computed(self, parents: Any, work: Any) -> Any:
+        raise AssertionError("a tile was sent")
+
+
 def test_a_gpu_that_makes_no_tile_is_not_said_to_have_made_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With a GPU that is only pretended: tiles as small as these are never sent."""
+    """Tiles as small as these are not worth the way."""
     monkeypatch.setattr(save_module, "gpu_of", lambda device: "cuda")
-    monkeypatch.setattr(save_module, "Lanes", lambda device, made: None)
+    monkeypatch.setattr(save_module, "Lanes", Pretended)
     monkeypatch.setattr(save_module, "ThreadBuffers", lambda pinned: ThreadBuffers())
     parents = {
         "a": open_checkpoint(factories.deepseek_v3(tmp_path / "a", 1, layers=2, experts=2), "a"),
@@ -114,5 +138,14 @@ def test_a_gpu_that_makes_no_tile_is_not_said_to_have_made_one(
     }
     method = Ties.model_validate({"base": "a", "models": {"b": {"density": 0.5}}})
     run = method.apply(parents).save(tmp_path / "out", device="cuda").manifest["run"]
-    assert (run["device"], run["gpu_tiles"]) == ("cpu", 0)
+    assert (run["device"], run["gpu_passes"]) == ("cpu", 0)
     assert run["kernels"]["path"] and "gpu_path" not in run["kernels"]
+
+
+def test_tiles_of_more_parents_than_kernels_take_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "cuda_library", lambda device: native.Native(object(), "pretended"))
+    lane, tile = Pretended("cuda", []), Operand(torch.zeros(600, 600))
+    assert lane.takes([tile] * 16) and not lane.takes([tile] * 17)
+    assert not lane.takes([Operand(torch.zeros(512, 512))] * 2)
+    monkeypatch.setattr(dispatch, "cuda_library", lambda device: native.Native(None, "reference"))
+    assert not lane.takes([tile] * 2)

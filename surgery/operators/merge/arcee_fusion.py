@@ -75,7 +75,7 @@ class Fusion(MethodKernel):
             weights = self._row_weights(tile, parents)
             return merge_fusion(base, model, weights, self._threshold, dtype, ue8m0=ue8m0)
 
-        return tile.computed(2, work, natively=True)
+        return tile.computed(2, work)
 
     def merge(self, tiles: Sequence[torch.Tensor]) -> torch.Tensor:
         base, model = tiles

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 from surgery.operators.merge.method import Values
-from surgery.operators.merge.task_vectors import RandomTaskVectors, Thinning, share
+from surgery.operators.merge.task_vectors import SMALLEST_DRAW, RandomTaskVectors, Thinning, share
 from surgery.operators.merge.ties import DenseSettings
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ class DareLinear(RandomTaskVectors):
     models: Mapping[str, DenseSettings]
 
     def thinning(self, values: Values) -> Thinning | None:
-        density = share(values, "density", above=0.0)
+        density = share(values, "density", least=SMALLEST_DRAW)
         return None if density == 1.0 else Drop(density, keep=self.rescale == "keep")
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, ClassVar
 from surgery.operators.merge.method import Values
 from surgery.operators.merge.passes import ranks_in_rows
 from surgery.operators.merge.schedules import Setting
-from surgery.operators.merge.task_vectors import Normalize, RandomTaskVectors, Thinning, share
+from surgery.operators.merge.task_vectors import SMALLEST_DRAW, Normalize, RandomTaskVectors, Thinning, share
 from surgery.operators.merge.ties import DenseSettings
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ class DellaLinear(RandomTaskVectors):
     models: Mapping[str, RankedSettings]
 
     def thinning(self, values: Values) -> Thinning | None:
-        density, epsilon = share(values, "density", above=0.0), share(values, "epsilon")
+        density, epsilon = share(values, "density", least=SMALLEST_DRAW), share(values, "epsilon")
         if density == 1.0:
             return None
         if density - epsilon <= 0.0 or density + epsilon > 1.0:

@@ -76,11 +76,9 @@ class Tile:
         """Of the first `count` inputs, for the native kernels; valid until the thread's next tile."""
         return operands(self.inputs[:count], self.start, self.stop, self.context)
 
-    def computed(
-        self, count: int, work: Callable[[Sequence[Operand]], Result], *, natively: bool = False
-    ) -> Result:
+    def computed(self, count: int, work: Callable[[Sequence[Operand]], Result]) -> Result:
         """`work` on `operands(count)`, on a GPU where one is to compute; see `fused.computed`."""
-        return computed(self.operands(count), self.context, work, natively=natively)
+        return computed(self.operands(count), self.context, work)
 
 
 class Whole:

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 Normalize = Literal["none", "weights", "norms"]
 Rescale = Literal["none", "keep", "l1"]
+SMALLEST_DRAW = 2.0**-24
+"""What random numbers are multiples of: nothing stays with a smaller probability but by accident."""
 
 
 class Thinning:
@@ -144,7 +146,7 @@ class TaskVectorKernel(MethodKernel):
 
         thins = self._native_thins(tile)
         if thins is not None:
-            return totals(tile.computed(len(self.labels), lambda at: task_sizes(at, thins), natively=True))
+            return totals(tile.computed(len(self.labels), lambda at: task_sizes(at, thins)))
         values = tile.values()
         deltas = self._deltas(values)
         thinned = [self._thinned(i, delta, values) for i, delta in enumerate(deltas)]
@@ -160,9 +162,7 @@ class TaskVectorKernel(MethodKernel):
             return None
         thins = [replace(thin, factor=factor) for thin, factor in zip(thins, self._factors, strict=True)]
         how = Sum(self._weights, self._consensus, self._normalize == "weights", self._scale)
-        return tile.computed(
-            len(self.labels), lambda at: merge_tasks(at, thins, how, dtype, ue8m0=ue8m0), natively=True
-        )
+        return tile.computed(len(self.labels), lambda at: merge_tasks(at, thins, how, dtype, ue8m0=ue8m0))
 
     def _native_thins(self, tile: Tile) -> list[Thin] | None:
         """What the kernels need to thin a tile; None where they, or one thinning, cannot."""
@@ -271,11 +271,9 @@ class RandomTaskVectors(TaskVectors):
         return tuple(NoiseRef(ref, self.seed, model) for model in models)
 
 
-def share(values: Values, name: str, *, above: float = -1.0) -> float:
-    """A setting that is a share; ValueError where it is not in [0, 1] or not above `above`."""
+def share(values: Values, name: str, *, least: float = 0.0) -> float:
+    """A setting that is a share; ValueError where it is not from `least` to 1."""
     found = values[name]
-    if not 0.0 <= found <= 1.0 or found <= above:
-        raise ValueError(
-            f"{name} is {found:g}; it must be {'above 0 and' if above >= 0 else 'at least 0 and'} at most 1"
-        )
+    if not least <= found <= 1.0:
+        raise ValueError(f"{name} is {found:g}; it must be at least {least:.3g} and at most 1")
     return found
