@@ -127,23 +127,21 @@ void combine_row(const Combine& job, int64_t row, float* tile) {
 
 void combine(const Combine* job, int64_t first, int64_t last) {
     const int64_t across = (job->cols + BLOCK - 1) / BLOCK;
-    float* tile = new float[BLOCK * BLOCK];
-    double* lanes = new double[BLOCK * job->count];
+    const Array<float> tile(BLOCK * BLOCK);
+    const Array<double> lanes(BLOCK * job->count);
     Stage stage(job->count);
     if (in_rows(*job))
-        for (int64_t row = first; row < last; ++row) combine_row(*job, row, tile);
+        for (int64_t row = first; row < last; ++row) combine_row(*job, row, tile.start);
     else for (int64_t block = first; block < last; ++block) {
         const int64_t row = block / across * BLOCK, col = block % across * BLOCK;
         const int height = (int)(job->rows - row < BLOCK ? job->rows - row : BLOCK);
         const int width = (int)(job->cols - col < BLOCK ? job->cols - col : BLOCK);
         const int64_t corner = row * job->cols + col;
         if (width == BLOCK)
-            combine_block<BLOCK>(*job, block, height, width, corner, lanes, tile, stage);
+            combine_block<BLOCK>(*job, block, height, width, corner, lanes.start, tile.start, stage);
         else
-            combine_block<0>(*job, block, height, width, corner, lanes, tile, stage);
+            combine_block<0>(*job, block, height, width, corner, lanes.start, tile.start, stage);
     }
-    delete[] lanes;
-    delete[] tile;
 }
 
 }  // namespace

@@ -9,6 +9,17 @@
 namespace surgery {
 namespace {
 
+// In place of std::vector, whose functions the linker would share between instruction sets, and on whole cache lines:
+// vectors that straddle two took a pass twice its time.
+template <typename T>
+struct Array {
+    T* const start;
+    explicit Array(int64_t count)
+        : start(count ? (T*)aligned_alloc(64, ((size_t)count * sizeof(T) + 63) / 64 * 64) : nullptr) {}
+    Array(const Array&) = delete;
+    ~Array() { free(start); }
+};
+
 template <int WIDTH>
 inline __attribute__((always_inline)) void load_run(const void* parent, int32_t kind, float scale, int64_t at,
                                                     int width, float* __restrict to) {
@@ -31,13 +42,11 @@ inline __attribute__((always_inline)) void load_run(const void* parent, int32_t 
 // A block of each parent in float32, a row every 128. One parent is read after the other: rows of several in turn were
 // up to eight times slower.
 struct Stage {
-    float* const start;
+    Array<float> rows;
 
-    explicit Stage(int32_t parents) : start((float*)aligned_alloc(64, (size_t)parents * BLOCK * BLOCK * 4)) {}
-    Stage(const Stage&) = delete;
-    ~Stage() { free(start); }
+    explicit Stage(int32_t parents) : rows((int64_t)parents * BLOCK * BLOCK) {}
 
-    float* of(int32_t parent, int row) const { return start + ((int64_t)parent * BLOCK + row) * BLOCK; }
+    float* of(int32_t parent, int row) const { return rows.start + ((int64_t)parent * BLOCK + row) * BLOCK; }
 
     template <int WIDTH>
     void fill(const Combine& job, int64_t block, int64_t corner, int height, int width) {

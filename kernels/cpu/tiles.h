@@ -5,15 +5,6 @@
 namespace surgery {
 namespace {
 
-// In place of std::vector, whose functions the linker would share between instruction sets.
-template <typename T>
-struct Array {
-    T* const start;
-    explicit Array(int64_t count) : start(count ? new T[count] : nullptr) {}
-    Array(const Array&) = delete;
-    ~Array() { delete[] start; }
-};
-
 float scale_of(const Combine& job, int32_t parent, int64_t block) {
     return job.kinds[parent] == FP8_BLOCK ? job.scales[parent][block] : 1.0f;
 }
