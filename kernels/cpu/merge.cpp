@@ -52,7 +52,7 @@ void tasks_block(const Tasks& job, Scratch& scratch, int64_t block, int64_t col,
 #pragma GCC ivdep
             for (int c = 0; c < n; ++c) term[c] *= weight;
         }
-        float* __restrict total = scratch.tile.start + (at.out_kind == FP8_BLOCK ? r * BLOCK : 0);
+        float* __restrict total = scratch.result(at, r);
         bring_together<WIDTH>(job, terms, width, total);
 #pragma GCC ivdep
         for (int c = 0; c < n; ++c) total[c] = total[c] * scale + base[c];
@@ -148,7 +148,7 @@ void fusion_block(const Fusion& job, Scratch& scratch, int64_t block, int64_t ro
     for (int r = 0; r < height; ++r) {
         const int64_t place = corner + r * at.cols;
         const float weight = job.row_weights[row + r];
-        float* __restrict total = scratch.tile.start + (at.out_kind == FP8_BLOCK ? r * BLOCK : 0);
+        float* __restrict total = scratch.result(at, r);
         const float* base = scratch.stage.of(0, r);
         float* model = scratch.stage.of(1, r);
 #pragma GCC ivdep

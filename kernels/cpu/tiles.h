@@ -39,6 +39,12 @@ struct Scratch {
     explicit Scratch(int32_t count, int64_t drawn = 0)
         : lanes((int64_t)BLOCK * (count * (count + 1) / 2 + 1)), tile((int64_t)BLOCK * BLOCK),
           terms((int64_t)BLOCK * count), gaps((int64_t)BLOCK * count), stays(drawn), stage(count) {}
+
+    // Where a row's result is made: FP8 blocks are kept whole, others in turn, for in one place rows waited for one
+    // another and TIES took twice its time.
+    float* result(const Combine& job, int row) const {
+        return tile.start + (job.out_kind == FP8_BLOCK ? row : row % 8) * BLOCK;
+    }
 };
 
 }  // namespace
