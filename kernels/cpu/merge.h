@@ -19,7 +19,7 @@ struct Tasks {
     const Thin* thins;  // by parent, the base's unused
     int32_t elect, divide;
     float share, scale;  // share: what sums are divided by without an election; 1: nothing
-    uint32_t* drawn;     // on CUDA, where any is DRAWN: room for a bit per entry of each model, models 4-byte aligned
+    uint32_t* drawn;     // on CUDA, where any is DRAWN: a bit for each entry, every model from a new word on
 };
 
 // `sizes` gives sums of |difference i|, then of |thinned difference i|, by block: [blocks, 2 * (parents - 1)].
