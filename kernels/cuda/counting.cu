@@ -175,11 +175,7 @@ extern "C" int32_t surgery_cuda_counting(const Counting* job, cudaStream_t strea
     const Parents all = parents_of(at, COUNT, &aligned);
     for (int32_t i = 1; i < at.count; ++i) {
         Counter one = {};
-        for (int32_t p = 0; p < 2; ++p) {
-            one.parents.values[p] = all.values[p * i];
-            one.parents.scales[p] = all.scales[p * i];
-            one.parents.kinds[p] = all.kinds[p * i];
-        }
+        one.parents = pair_of(all, i);
         one.row_weights = job->row_weights;
         one.rows = at.rows;
         one.cols = at.cols;

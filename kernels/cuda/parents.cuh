@@ -29,6 +29,17 @@ inline Parents parents_of(const Combine& job, int run, bool* aligned) {
     return parents;
 }
 
+// The base and parent i alone, without weights.
+inline Parents pair_of(const Parents& all, int32_t i) {
+    Parents pair = {};
+    for (int32_t p = 0; p < 2; ++p) {
+        pair.values[p] = all.values[p * i];
+        pair.scales[p] = all.scales[p * i];
+        pair.kinds[p] = all.kinds[p * i];
+    }
+    return pair;
+}
+
 // The kind of every parent, or ANY where they differ.
 inline int32_t kind_of(const Combine& job) {
     for (int32_t i = 1; i < job.count; ++i)

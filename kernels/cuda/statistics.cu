@@ -236,11 +236,7 @@ int32_t surgery_cuda_sizes(const Tasks* job, cudaStream_t stream) {
     const Parents all = parents_of(at, FOUR, &aligned);
     for (int32_t i = 1; i < at.count; ++i) {
         Sizes one = {};
-        for (int32_t p = 0; p < 2; ++p) {
-            one.parents.values[p] = all.values[p * i];
-            one.parents.scales[p] = all.scales[p * i];
-            one.parents.kinds[p] = all.kinds[p * i];
-        }
+        one.parents = pair_of(all, i);
         one.kept = kept_of(*job, i);
         one.sums = at.sums;
         one.rows = at.rows;

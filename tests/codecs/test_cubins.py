@@ -37,6 +37,12 @@ WIDE = {
 """Accesses to global memory that every kernel of a source makes at sm_90a, where its rows are aligned. Passes
 of merge methods are not here: eight neighbours in FP8 are eight bytes, and sums go down four columns."""
 
+CONVERTED = {
+    "decode": (2, 0), "blocks": (12, 8), "fp8_encode": (0, 2), "fp8_sums": (5, 4), "merge": (12, 9),
+    "counting": (4, 0), "statistics": (8, 0),
+}  # fmt: skip
+"""Kernels of a source that read e4m3 codes, and those that make them: of FP8 parents or any, to FP8."""
+
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], tuple[Path, str]]:
@@ -118,3 +124,23 @@ def test_memory_is_accessed_16_bytes_at_a_time(
         assert used.issuperset(WIDE[source]), f"{name}: {sorted(used)}"
         if source in FREE:
             assert not [each for each in used if each.startswith(("LDL", "STL"))], name
+
+
+@pytest.mark.parametrize("target", ["89", "90a"])
+@pytest.mark.parametrize("source", CONVERTED)
+def test_codes_are_converted_by_the_hardware(source: str, target: str, tmp_path: Path) -> None:
+    """From sm_89 on it has instructions for that, which PTX names."""
+    try:
+        nvcc = find_compiler("cuda")
+        find_compiler("cpu")
+    except SurgeryError as error:
+        pytest.skip(str(error))
+    into, code = tmp_path / "code.ptx", f"-gencode=arch=compute_{target},code=compute_{target}"
+    text = str(kernel_folder() / "cuda" / f"{source}.cu")
+    command = (nvcc, *NVCC_FLAGS, code, "-ptx", text, "-o", str(into))
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    kernels = into.read_text().split(".entry ")[1:]
+    reads = sum("cvt.rn.f16x2.e4m3x2" in each for each in kernels)
+    writes = sum("cvt.rn.satfinite.e4m3x2.f32" in each for each in kernels)
+    assert (reads, writes) == CONVERTED[source]
