@@ -118,7 +118,10 @@ def show_result(output: Output, folder: Path, manifest: Any) -> None:
         return
     output.events(manifest["events"])
     if manifest["run"].get("gpu_passes") == 0 and manifest["run"]["kernels"]:
-        output.say("device  every tile was made on the CPU: too small, or by a method without GPU kernels")
+        kernels = manifest["run"]["kernels"]
+        reason = kernels.get("gpu_reason") or kernels.get("reason")
+        reason = reason or "too small, or by a method without GPU kernels"
+        output.say(f"device  every tile was made on the CPU: {reason}")
     coverage_table(output, "Where the tensors come from", manifest["coverage"])
     distances = [
         (row["parent"], row["role"], _figure(row["rms"]), _range(row["relative"]), row["measured"])

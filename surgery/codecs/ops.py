@@ -239,9 +239,11 @@ def combine_job(
     sums: torch.Tensor | None,
     ue8m0: bool,
 ) -> structures.Combine:
-    """The C struct of a weighted sum; what it points to must outlive it."""
+    """The C struct of a weighted sum; what it points to must outlive it. Raises UsageError for too many."""
     count = len(parents)
     first = parents[0].values
+    if first.is_cuda and count > MOST_ON_CUDA:
+        raise UsageError(f"CUDA kernels take {MOST_ON_CUDA} operands at most, not {count}")
     return structures.Combine(
         parents=(ctypes.c_void_p * count)(*(each.values.data_ptr() for each in parents)),
         kinds=(ctypes.c_int32 * count)(*(KINDS[each.values.dtype] for each in parents)),
@@ -281,8 +283,6 @@ def check_operands(parents: Sequence[Operand]) -> None:
     """Refuse parents that a kernel cannot take together. Raises UsageError."""
     for parent in parents:
         _check(parent, parents[0].values)
-    if parents[0].values.is_cuda and len(parents) > MOST_ON_CUDA:
-        raise UsageError(f"CUDA kernels take {MOST_ON_CUDA} operands at most, not {len(parents)}")
 
 
 def _check(operand: Operand, first: torch.Tensor) -> None:

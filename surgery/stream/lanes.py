@@ -9,6 +9,7 @@ are those of the CPU to the last bit.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from itertools import count
 from threading import local
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -47,13 +48,22 @@ def gpu_of(device: str) -> str | None:
     return device
 
 
-class Lanes(local):
-    """The calling thread's lane to a CUDA device. `passes` is shared by all threads: a 1 for each."""
+@dataclass(frozen=True)
+class GpuUse:
+    """What all threads tell of a GPU: a 1 for each pass over a tile, and why there was none where it has no
+    kernels for tiles that were worth one."""
 
-    def __init__(self, device: str, passes: list[int]) -> None:
+    passes: list[int] = field(default_factory=list)
+    reasons: set[str] = field(default_factory=set)
+
+
+class Lanes(local):
+    """The calling thread's lane to a CUDA device."""
+
+    def __init__(self, device: str, use: GpuUse) -> None:
         import torch
 
-        self._passes = passes
+        self._use = use
         self.device = torch.device(device)
         self._stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
         self._pinned: dict[int, torch.Tensor] = {}
@@ -61,11 +71,15 @@ class Lanes(local):
     def takes(self, parents: Sequence[Operand]) -> bool:
         """Whether they are worth the way, and there are kernels for so many."""
         from surgery.codecs.dispatch import cuda_library
+        from surgery.codecs.native import choice
         from surgery.codecs.ops import MOST_ON_CUDA
 
         if parents[0].values.numel() < SMALLEST or len(parents) > MOST_ON_CUDA:
             return False
-        return cuda_library(self.device).library is not None
+        found = cuda_library(self.device)
+        if found.library is None:
+            self._use.reasons.add(found.reason or f"SURGERY_KERNELS={choice()}")
+        return found.library is not None
 
     def computed(self, parents: Sequence[Operand], work: Callable[[Sequence[Operand]], Result]) -> Result:
         """What `work` makes of the parents there (an operand, a tensor, None or a tuple of these), from
@@ -88,7 +102,7 @@ class Lanes(local):
                 f"{self.device} has no room for a tile of {len(parents)} parents of {shape}",
                 hint="free its memory, lower --threads or --memory, or use --device cpu",
             ) from error
-        self._passes.append(1)
+        self._use.passes.append(1)
         return found
 
     def _up(self, tensor: torch.Tensor) -> torch.Tensor:

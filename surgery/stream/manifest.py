@@ -16,6 +16,7 @@ from typing import Any
 
 from surgery.errors import VerificationError
 from surgery.stream.checkpoint import Checkpoint, ComputedRef, Event
+from surgery.stream.lanes import GpuUse
 from surgery.stream.survey import Survey
 
 NAME = "surgery_manifest.json"
@@ -31,20 +32,21 @@ def tool_versions(checkpoint: Checkpoint) -> dict[str, str]:
     return found
 
 
-def kernels_used(checkpoint: Checkpoint, gpu: str | None = None) -> dict[str, str]:
+def kernels_used(checkpoint: Checkpoint, gpu: str | None, use: GpuUse) -> dict[str, str]:
     """Which arithmetic computed tensors took (it never changes a result): `path`, its `compiler`, or the
-    `reason` for going without, and the same of a GPU that took part; empty where nothing is computed."""
+    `reason` for going without, and the same of a GPU that was asked for; empty where nothing is computed."""
     if not any(isinstance(ref, ComputedRef) for ref in checkpoint.tensors.values()):
         return {}
     from surgery.codecs.native import cpu
 
     found = cpu()
     told = {"path": found.path, "compiler": found.compiler, "reason": found.reason}
-    if gpu is not None:
+    if gpu is not None and use.passes:
         from surgery.codecs.dispatch import cuda_library
 
         there = cuda_library(gpu)
-        told |= {"gpu_path": there.path, "gpu_compiler": there.compiler, "gpu_reason": there.reason}
+        told |= {"gpu_path": there.path, "gpu_compiler": there.compiler}
+    told["gpu_reason"] = "; ".join(sorted(use.reasons))
     return {key: value for key, value in told.items() if value}
 
 

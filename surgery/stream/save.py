@@ -26,7 +26,7 @@ from surgery.stream.execute import Execution, Progress, Writing
 from surgery.stream.formats import Format, apply_format
 from surgery.stream.journal import LOCK, Journal, lock, read_events
 from surgery.stream.journal import NAME as JOURNAL
-from surgery.stream.lanes import Lanes, gpu_of
+from surgery.stream.lanes import GpuUse, Lanes, gpu_of
 from surgery.stream.manifest import NAME as MANIFEST
 from surgery.stream.manifest import build_manifest, dump_manifest, kernels_used, tool_versions
 from surgery.stream.remote import remote_files, traffic
@@ -233,8 +233,8 @@ class Saving:
             if shard.name in self._journal.shards and _size(self.work / shard.name) == shard.nbytes
         }
         self.finished: dict[str, dict[str, Any]] = dict(self.kept)
-        self.gpu_passes = 0
-        """Tiles that a GPU made in this run, for this output and those written with it."""
+        self.gpu = GpuUse()
+        """Of this run, for this output and those written with it."""
 
     def missing(self) -> list[Shard]:
         """The shards that no earlier run finished."""
@@ -276,10 +276,10 @@ def write_rounds(
     peak = max(each.plan.peak_bytes for each in savings)
     done = sum(entry["bytes"] for each in savings for entry in each.finished.values())
     gpu = gpu_of(options.device)
-    passes: list[int] = []
+    use = GpuUse()
     context = ReadContext(
         options.allow_nonfinite, several=len(savings) > 1, buffers=ThreadBuffers(pinned=gpu is not None),
-        lanes=Lanes(gpu, passes) if gpu else None,
+        lanes=Lanes(gpu, use) if gpu else None,
     )  # fmt: skip
     Execution(
         options.hash, max(1, options.threads), options.memory_bytes, context, options.progress,
@@ -289,7 +289,7 @@ def write_rounds(
         ahead_bytes=ahead_bytes(options.memory_bytes, peak) if remote else 0,
     ).run(rounds)  # fmt: skip
     for each in savings:
-        each.gpu_passes = len(passes)
+        each.gpu = use
 
 
 def _complete(saving: Saving) -> dict[str, Any]:
@@ -319,9 +319,9 @@ def _complete(saving: Saving) -> dict[str, Any]:
             "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
             "threads": options.threads,
             "memory_bytes": options.memory_bytes,
-            "device": gpu if gpu and saving.gpu_passes else "cpu",
-            **({"gpu_passes": saving.gpu_passes} if gpu else {}),
-            "kernels": kernels_used(checkpoint, gpu if saving.gpu_passes else None),
+            "device": gpu if gpu and saving.gpu.passes else "cpu",
+            **({"gpu_passes": len(saving.gpu.passes)} if gpu else {}),
+            "kernels": kernels_used(checkpoint, gpu, saving.gpu),
             "resumed_shards": sorted(saving.kept),
             **({"remote": network} if network else {}),
         },

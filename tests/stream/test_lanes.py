@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,9 @@ import factories
 import pytest
 import torch
 from folders import strict_manifest
+from kernel_sets import kernels
 
+from surgery.cli.app import main
 from surgery.codecs import dispatch, native
 from surgery.codecs.ops import Operand
 from surgery.errors import PlanError, UsageError
@@ -94,7 +97,7 @@ def test_a_gpu_without_room_is_one_clear_error() -> None:
     def work(there: Sequence[Operand]) -> torch.Tensor:
         return torch.empty(1 << 50, dtype=torch.uint8, device=there[0].values.device)
 
-    lane = lanes.Lanes("cuda", [])
+    lane = lanes.Lanes("cuda", lanes.GpuUse())
     with pytest.raises(PlanError, match=r"no room for a tile of 2 parents of \[3, 4\]"):
         lane.computed([Operand(torch.zeros(3, 4))] * 2, work)
 
@@ -118,8 +121,8 @@ def test_auto_takes_the_cpu_where_there_is_no_gpu() -> None:
 class Pretended(lanes.Lanes):
     """To a device that is not there, and that must not be asked."""
 
-    def __init__(self, device: str, passes: list[int]) -> None:
-        self.device = torch.device("cuda", 99)
+    def __init__(self, device: str, use: lanes.GpuUse) -> None:
+        self.device, self._use = torch.device("cuda", 99), use
 
     def computed(self, parents: Any, work: Any) -> Any:
         raise AssertionError("a tile was sent")
@@ -144,8 +147,32 @@ def test_a_gpu_that_makes_no_tile_is_not_said_to_have_made_one(
 
 def test_tiles_of_more_parents_than_kernels_take_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "cuda_library", lambda device: native.Native(object(), "pretended"))
-    lane, tile = Pretended("cuda", []), Operand(torch.zeros(600, 600))
+    use = lanes.GpuUse()
+    lane, tile = Pretended("cuda", use), Operand(torch.zeros(600, 600))
     assert lane.takes([tile] * 16) and not lane.takes([tile] * 17)
     assert not lane.takes([Operand(torch.zeros(512, 512))] * 2)
-    monkeypatch.setattr(dispatch, "cuda_library", lambda device: native.Native(None, "reference"))
-    assert not lane.takes([tile] * 2)
+    assert not use.reasons
+    monkeypatch.setattr(dispatch, "cuda_library", lambda device: native.Native(None, "reference", "no nvcc"))
+    assert not lane.takes([tile] * 2) and use.reasons == {"no nvcc"}
+
+
+@kernels
+def test_a_gpu_without_kernels_is_told_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In the manifest, and by the command in one line."""
+    monkeypatch.setattr(dispatch, "cuda_library", lambda device: native.Native(None, "reference", "no nvcc"))
+    monkeypatch.setattr(save_module, "gpu_of", lambda device: "cuda")
+    monkeypatch.setattr(save_module, "Lanes", Pretended)
+    monkeypatch.setattr(save_module, "ThreadBuffers", lambda pinned: ThreadBuffers())
+    for name, seed in (("a", 1), ("b", 2)):
+        factories.deepseek_v3(tmp_path / name, seed, **SIZES)
+    recipe = tmp_path / "recipe.yaml"
+    steps = [{"op": "merge.linear", "models": {"a": 0.3, "b": 0.7}}]
+    recipe.write_text(json.dumps({"parents": {n: str(tmp_path / n) for n in "ab"}, "steps": steps}))
+    assert main(["run", str(recipe), "-o", str(tmp_path / "out"), "--device", "cuda"]) == 0
+    run = strict_manifest(tmp_path / "out")["run"]
+    assert (run["device"], run["gpu_passes"]) == ("cpu", 0)
+    assert run["kernels"]["gpu_reason"] == "no nvcc" and "gpu_path" not in run["kernels"]
+    told = capsys.readouterr()
+    assert "every tile was made on the CPU: no nvcc" in " ".join((told.out + told.err).split())
