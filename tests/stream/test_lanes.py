@@ -89,6 +89,7 @@ def test_without_its_kernels_a_gpu_is_not_asked(tmp_path: Path, monkeypatch: pyt
     method = ArceeFusion.model_validate({"base": "a", "models": {"b": {}}})
     run = method.apply(parents).save(tmp_path / "out", device="cuda").manifest["run"]
     assert (run["device"], run["gpu_passes"]) == ("cpu", 0)
+    assert run["kernels"]["gpu_reason"] == "SURGERY_KERNELS=cpu"
 
 
 @pytest.mark.gpu
